@@ -1,0 +1,68 @@
+# The CUDA backends: sets FLASHDELTA_HAS_CUDA, and defines how src/cuda is compiled and linked.
+set(FLASHDELTA_HAS_CUDA OFF)
+file(GLOB cuda_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/src/cuda/*.cu)
+
+if(FLASHDELTA_CUDA AND cuda_sources)
+  find_program(FLASHDELTA_NVCC nvcc
+               HINTS $ENV{CUDACXX} $ENV{CUDA_HOME}/bin ${PROJECT_SOURCE_DIR}/build/cuda/nvidia/cu13/bin /usr/local/cuda/bin)
+  if(FLASHDELTA_NVCC)
+    if(NOT CMAKE_CUDA_COMPILER)
+      set(CMAKE_CUDA_COMPILER ${FLASHDELTA_NVCC})
+    endif()
+    set(CMAKE_CUDA_ARCHITECTURES 90a-real)
+    enable_language(CUDA)
+    set(FLASHDELTA_HAS_CUDA ON)
+  elseif(NOT FLASHDELTA_CUDA STREQUAL "AUTO")
+    message(FATAL_ERROR "FLASHDELTA_CUDA=${FLASHDELTA_CUDA}, but nvcc was not found: install the CUDA toolkit (12.8 or later), "
+                        "or `make cuda-toolkit` for the one on PyPI")
+  endif()
+endif()
+message(STATUS "flashdelta ${PROJECT_VERSION}: CUDA backends ${FLASHDELTA_HAS_CUDA}")
+
+if(FLASHDELTA_HAS_CUDA)
+  # CUTLASS: headers only. -DCUTLASS_DIR, else the PyPI package that `make cuda-toolkit` installs, else a download.
+  set(CUTLASS_DIR "" CACHE PATH "Folder that holds CUTLASS's include/")
+  find_path(FLASHDELTA_CUTLASS_INCLUDE cute/tensor.hpp NO_DEFAULT_PATH
+            HINTS ${CUTLASS_DIR}/include ${PROJECT_SOURCE_DIR}/build/cuda/cutlass_library/source/include)
+  if(NOT FLASHDELTA_CUTLASS_INCLUDE)
+    message(STATUS "CUTLASS headers not found (-DCUTLASS_DIR=...); fetching them")
+    FetchContent_Declare(cutlass URL https://github.com/NVIDIA/cutlass/archive/refs/tags/v4.2.0.tar.gz SOURCE_SUBDIR none)
+    FetchContent_MakeAvailable(cutlass)
+    set(FLASHDELTA_CUTLASS_INCLUDE ${cutlass_SOURCE_DIR}/include CACHE PATH "" FORCE)
+  endif()
+endif()
+
+# Adds object libraries for src/cuda to the list `targets`: step.cu for every architecture, the rest for Hopper.
+function(flashdelta_cuda_targets targets)
+  set(step ${PROJECT_SOURCE_DIR}/src/cuda/step.cu)
+  set(hopper ${cuda_sources})
+  list(REMOVE_ITEM hopper ${step})
+  if(EXISTS ${step})
+    add_library(flashdelta_cuda_step OBJECT ${step})
+    set_target_properties(flashdelta_cuda_step PROPERTIES CUDA_ARCHITECTURES "80-real;90-real;100-real;120")
+    list(APPEND cuda_targets flashdelta_cuda_step)
+  endif()
+  if(hopper)
+    add_library(flashdelta_cuda_sm90 OBJECT ${hopper})
+    list(APPEND cuda_targets flashdelta_cuda_sm90)
+  endif()
+  foreach(target IN LISTS cuda_targets)
+    target_compile_features(${target} PRIVATE cuda_std_20)
+    target_compile_definitions(${target} PRIVATE FLASHDELTA_CUDA)
+    target_include_directories(${target} SYSTEM PRIVATE ${FLASHDELTA_CUTLASS_INCLUDE})
+    # -v: tools/resources.py reads registers and spills from the build's output.
+    target_compile_options(${target} PRIVATE --expt-relaxed-constexpr -Xptxas=-v -Xcompiler=-Wall,-Wextra,-fvisibility=hidden)
+    if(FLASHDELTA_WERROR)
+      target_compile_options(${target} PRIVATE -Werror=all-warnings)
+    endif()
+  endforeach()
+  set(${targets} ${${targets}} ${cuda_targets} PARENT_SCOPE)
+endfunction()
+
+# cudart goes in statically and finds the driver at run time: the library loads where there is none.
+function(flashdelta_link_cuda target)
+  set_target_properties(${target} PROPERTIES CUDA_RUNTIME_LIBRARY Static LINKER_LANGUAGE CXX)
+  target_link_libraries(${target} PRIVATE ${CMAKE_DL_LIBS})
+  target_link_directories(${target} PRIVATE ${CMAKE_CUDA_IMPLICIT_LINK_DIRECTORIES})
+  target_link_libraries(${target} PRIVATE cudart_static rt pthread)
+endfunction()
