@@ -47,11 +47,10 @@ function(flashdelta_cuda_targets targets)
     list(APPEND cuda_targets flashdelta_cuda_sm90)
   endif()
   foreach(target IN LISTS cuda_targets)
-    target_compile_features(${target} PRIVATE cuda_std_20)
     target_compile_definitions(${target} PRIVATE FLASHDELTA_CUDA)
     target_include_directories(${target} SYSTEM PRIVATE ${FLASHDELTA_CUTLASS_INCLUDE})
-    # -v: tools/resources.py reads registers and spills from the build's output.
-    target_compile_options(${target} PRIVATE --expt-relaxed-constexpr -Xptxas=-v -Xcompiler=-Wall,-Wextra,-fvisibility=hidden)
+    # -std: CMake 3.25 does not know nvcc's C++20. -v: tools/resources.py reads registers and spills from the output.
+    target_compile_options(${target} PRIVATE -std=c++20 --expt-relaxed-constexpr -Xptxas=-v -Xcompiler=-Wall,-Wextra,-fvisibility=hidden)
     if(FLASHDELTA_WERROR)
       target_compile_options(${target} PRIVATE -Werror=all-warnings)
     endif()
