@@ -111,6 +111,10 @@ struct VectorKernels {
   void (*scale_rows)(std::int64_t m, std::int64_t n, const float* scale, const float* x, std::int64_t x_row,
                      const float* add, std::int64_t add_row, float* out, std::int64_t out_row);
 
+  // out_ij = scale_j * x_ij (+ add_ij if add is not null). m any; out may be x or add.
+  void (*scale_columns)(std::int64_t m, std::int64_t n, const float* scale, const float* x, std::int64_t x_row,
+                        const float* add, std::int64_t add_row, float* out, std::int64_t out_row);
+
   // out_i = keep * out_i + sum_j x_ij y_ij. n a multiple of 8, m any; keep = 0: out is not read.
   void (*row_dots)(std::int64_t m, std::int64_t n, const float* x, std::int64_t x_row, const float* y, std::int64_t y_row,
                    float keep, float* out);
