@@ -1,5 +1,7 @@
 // The C entry points: read the structs, check, choose a backend, run it. Nothing is thrown past them.
+#include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <new>
 #include <span>
 #include <string>
@@ -134,9 +136,8 @@ int32_t fd_backend_count(void) { return static_cast<int32_t>(backends().size());
 fd_status fd_backend_get(int32_t i, fd_backend_description* description) {
   return guarded("fd_backend_get", [&] {
     require(description, "description");
-    if (description->size != sizeof(fd_backend_description)) {
-      refuse(FD_INVALID, "description.size is ", description->size, "; must be ", sizeof(fd_backend_description));
-    }
+    const std::size_t size = description->size;
+    if (size < sizeof(size)) refuse(FD_INVALID, "description.size is ", size, "; must be ", sizeof(fd_backend_description));
     if (i < 0 || i >= fd_backend_count()) refuse(FD_INVALID, "i is ", i, "; must be in [0, ", fd_backend_count(), ")");
     const Backend& backend = *backends()[static_cast<std::size_t>(i)];
     // Built once for each backend; a later call finds the same strings.
@@ -149,8 +150,8 @@ fd_status fd_backend_get(int32_t i, fd_backend_description* description) {
       return all;
     }();
     const auto& [available, detail] = details[static_cast<std::size_t>(i)];
-    *description = {
-        sizeof(fd_backend_description), backend.id, backend.device, available ? 1 : 0, 0, backend.name, detail.c_str()};
+    const fd_backend_description full{size, backend.id, backend.device, available ? 1 : 0, 0, backend.name, detail.c_str()};
+    std::memcpy(description, &full, std::min(size, sizeof(full)));
     return FD_OK;
   });
 }
