@@ -397,6 +397,19 @@ void scale_rows(int64_t m, int64_t n, const float* scale, const float* x, int64_
   }
 }
 
+void scale_columns(int64_t m, int64_t n, const float* scale, const float* x, int64_t x_row, const float* add,
+                   int64_t add_row, float* out, int64_t out_row) {
+  const D d;
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; j += kLanes) {
+      const Vec s = hn::LoadU(d, scale + j);
+      const Vec y = hn::LoadU(d, x + i * x_row + j);
+      const Vec result = add == nullptr ? hn::Mul(s, y) : hn::MulAdd(s, y, hn::LoadU(d, add + i * add_row + j));
+      hn::StoreU(result, d, out + i * out_row + j);
+    }
+  }
+}
+
 void row_dots(int64_t m, int64_t n, const float* x, int64_t x_row, const float* y, int64_t y_row, float keep, float* out) {
   for (int64_t i = 0; i < m; ++i) {
     const float sum = sum_columns(
@@ -525,6 +538,7 @@ const VectorKernels FLASHDELTA_TABLE(FLASHDELTA_TARGET) = {
     .decay = decay,
     .multiply_lower = multiply_lower,
     .scale_rows = scale_rows,
+    .scale_columns = scale_columns,
     .row_dots = row_dots,
     .column_dots = column_dots,
     .step_read = step_read,
