@@ -1,4 +1,5 @@
-// Prefill and decode: a prompt in one call, then token by token with the carried state; the same outputs as one pass over all.
+// Prefill and decode: a prompt in one call, then token by token with the carried state; the same outputs as one pass over
+// all.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -41,7 +42,9 @@ fd_problem problem_of(int64_t tokens) {
 // Tokens from `first` on, as arguments of either operation; the state is updated in place.
 template <typename Args>
 Args args_of(const Sequence& s, int64_t first, const fd_problem& p, std::vector<float>& o, std::vector<float>& state) {
-  const auto from = [first](const std::vector<float>& x, int64_t row) { return fd::tensor(std::span(x).subspan(first * row)); };
+  const auto from = [first](const std::vector<float>& x, int64_t row) {
+    return fd::tensor(std::span(x).subspan(first * row));
+  };
   auto a = fd::make<Args>();
   a.problem = &p;
   a.q = from(s.q, kHeads * kKeyDim);

@@ -1,4 +1,5 @@
-// flashdelta in C++20: the C ABI of flashdelta.h with results that carry their message. Header only; adds nothing to the ABI.
+// flashdelta in C++20: the C ABI of flashdelta.h with results that carry their message. Header only; adds nothing to the
+// ABI.
 //
 //     auto p = flashdelta::make<fd_problem>();   // all zero, size set: zero means absent or default
 //     p.B = 1, p.T = 128, p.H = 2, ...
@@ -10,13 +11,13 @@
 #pragma once
 
 #include <array>
-#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <new>
 #include <span>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -34,14 +35,6 @@ class [[nodiscard]] Result {
   // What a C call returned: `value` if it went well, else the thread's last error.
   Result(fd_status status, T value) : status_(status), value_(std::move(value)) {
     if (status != FD_OK) message_ = fd_last_error();
-  }
-
-  template <typename U>
-  static Result failed(const Result<U>& other) {
-    Result result(T{});
-    result.status_ = other.status();
-    result.message_ = other.message();
-    return result;
   }
 
   explicit operator bool() const { return status_ == FD_OK; }
@@ -62,10 +55,8 @@ using Done = Result<>;
 
 // A struct of the C ABI, all members zero and `size` set.
 template <typename Struct>
-  requires requires(Struct s) {
-    { s.size } -> std::same_as<std::size_t&>;
-  }
 Struct make() {
+  static_assert(std::is_same_v<decltype(Struct::size), std::size_t>, "a growable struct of flashdelta.h");
   Struct result{};
   result.size = sizeof(Struct);
   return result;
@@ -96,7 +87,7 @@ class Workspace {
     if (bytes > bytes_) {
       memory_.reset();
       bytes_ = 0;
-      memory_.reset(static_cast<std::byte*>(::operator new(bytes, std::align_val_t{kAlignment})));
+      memory_.reset(static_cast<std::byte*>(::operator new (bytes, std::align_val_t{kAlignment})));
       bytes_ = bytes;
     }
     return {memory_.get(), bytes_};
@@ -104,7 +95,7 @@ class Workspace {
 
  private:
   struct Free {
-    void operator()(std::byte* memory) const { ::operator delete(memory, std::align_val_t{kAlignment}); }
+    void operator()(std::byte* memory) const { ::operator delete (memory, std::align_val_t{kAlignment}); }
   };
   std::unique_ptr<std::byte, Free> memory_;
   std::size_t bytes_ = 0;
@@ -136,8 +127,12 @@ Done run_on_host(Query query, Run run, const Args& args, Workspace& workspace) {
 }  // namespace detail
 
 // Bytes of workspace, bytes of `saved`, and which backend serves; see flashdelta.h.
-inline Result<std::size_t> forward_workspace(const fd_problem& p) { return detail::query<std::size_t>(fd_forward_workspace, p); }
-inline Result<std::size_t> backward_workspace(const fd_problem& p) { return detail::query<std::size_t>(fd_backward_workspace, p); }
+inline Result<std::size_t> forward_workspace(const fd_problem& p) {
+  return detail::query<std::size_t>(fd_forward_workspace, p);
+}
+inline Result<std::size_t> backward_workspace(const fd_problem& p) {
+  return detail::query<std::size_t>(fd_backward_workspace, p);
+}
 inline Result<std::size_t> step_workspace(const fd_problem& p) { return detail::query<std::size_t>(fd_step_workspace, p); }
 inline Result<std::size_t> forward_saved(const fd_problem& p) { return detail::query<std::size_t>(fd_forward_saved, p); }
 inline Result<fd_backend> forward_backend(const fd_problem& p) { return detail::query<fd_backend>(fd_forward_backend, p); }
