@@ -53,15 +53,15 @@ struct Solve {
 // Reads or writes one token's state of one head. The state is K x V, [K, V] or [V, K] in memory.
 struct StepRead {
   std::int64_t K, V;
-  const void* state;
-  fd_dtype dtype;    // fp32 or bf16
-  std::int64_t row;  // elements from one row of K (or V) to the next
+  const void* state;  // null: zero
+  fd_dtype dtype;     // fp32 or bf16
+  std::int64_t row;   // elements from one row of K (or V) to the next
   bool v_first;
   const float *k, *q;        // K
   float *state_k, *state_q;  // V: S^T k and S^T q
 };
 
-// out = decay * S + k u^T; `out` may be `state`.
+// out = decay * S + k u^T; `out` may be `state`; a null state is zero.
 struct StepWrite {
   std::int64_t K, V;
   const void* state;
@@ -101,6 +101,12 @@ struct VectorKernels {
 
   // out_ij = exp(gamma_i - gamma_j) for j <= i, zero above the diagonal (m x m, m a multiple of 16); gamma non-increasing.
   void (*decay)(std::int64_t m, const float* gamma, float* out, std::int64_t out_row);
+
+  // Decay between the tokens of a chunk, from the decay alpha_i = exp(g_i) of each: out_ij = alpha_{j+1} .. alpha_i for
+  // j <= i, zero above the diagonal (m x m, m a multiple of 16), and from_start_i = alpha_0 .. alpha_i. The last row of
+  // `out` is the decay from each token to the end. Products, not exp of differences of cumulative sums: they stay exact to a
+  // few ulp however strong the decay. What is below 2^-126 is zero.
+  void (*decay_products)(std::int64_t m, const float* alpha, float* out, std::int64_t out_row, float* from_start);
 
   // out_ij = alpha * a_ij * b_ij on and below the diagonal (diagonal = true) or strictly below, zero elsewhere. m x m, m a
   // multiple of 16; out may be a or b.

@@ -367,6 +367,27 @@ void decay(int64_t m, const float* gamma, float* out, int64_t out_row) {
   }
 }
 
+void decay_products(int64_t m, const float* alpha, float* out, int64_t out_row, float* from_start) {
+  const D d;
+  const Vec smallest = hn::Set(d, 0x1p-126f);
+  float product = 1;
+  for (int64_t i = 0; i < m; ++i) {
+    float* row = out + i * out_row;
+    for (int64_t j = 0; j < m; j += kLanes) {
+      if (i == 0 || j > i) {
+        hn::StoreU(hn::Zero(d), d, row + j);
+      } else {
+        const Vec x = hn::Mul(hn::Set(d, alpha[i]), hn::LoadU(d, row - out_row + j));
+        hn::StoreU(hn::IfThenZeroElse(hn::Lt(x, smallest), x), d, row + j);
+      }
+    }
+    row[i] = 1;
+    product *= alpha[i];
+    if (product < 0x1p-126f) product = 0;
+    from_start[i] = product;
+  }
+}
+
 void multiply_lower(int64_t m, float alpha, bool diagonal, const float* a, int64_t a_row, const float* b, int64_t b_row,
                     float* out, int64_t out_row) {
   const D d;
@@ -476,6 +497,10 @@ void step_read_columns(const StepRead& s) {
 }
 
 void step_read(const StepRead& s) {
+  if (s.state == nullptr) {
+    for (int64_t i = 0; i < s.V; ++i) s.state_k[i] = s.state_q[i] = 0;
+    return;
+  }
   if (s.dtype == FD_FLOAT32) {
     s.v_first ? step_read_columns<FD_FLOAT32>(s) : step_read_rows<FD_FLOAT32>(s);
   } else {
@@ -489,11 +514,15 @@ void step_write_rows(const StepWrite& s) {
   const float* by_row = s.v_first ? s.u : s.k;
   const float* by_column = s.v_first ? s.k : s.u;
   for (int64_t i = 0; i < m; ++i) {
-    const auto* in = static_cast<const typename Element<kIn>::type*>(s.state) + i * s.row;
     auto* out = static_cast<typename Element<kOut>::type*>(s.out) + i * s.out_row;
+    const auto update = [&](auto d, int64_t j) { return hn::Mul(hn::Set(d, by_row[i]), hn::LoadU(d, by_column + j)); };
+    if (s.state == nullptr) {
+      columns(n, [&](auto d, int64_t j) { store_elements<kOut>(d, update(d, j), out + j); });
+      continue;
+    }
+    const auto* in = static_cast<const typename Element<kIn>::type*>(s.state) + i * s.row;
     columns(n, [&](auto d, int64_t j) {
-      const auto update = hn::Mul(hn::Set(d, by_row[i]), hn::LoadU(d, by_column + j));
-      store_elements<kOut>(d, hn::MulAdd(hn::Set(d, s.decay), load_elements<kIn>(d, in + j), update), out + j);
+      store_elements<kOut>(d, hn::MulAdd(hn::Set(d, s.decay), load_elements<kIn>(d, in + j), update(d, j)), out + j);
     });
   }
 }
@@ -536,6 +565,7 @@ const VectorKernels FLASHDELTA_TABLE(FLASHDELTA_TARGET) = {
     .transpose = transpose,
     .exp = exp,
     .decay = decay,
+    .decay_products = decay_products,
     .multiply_lower = multiply_lower,
     .scale_rows = scale_rows,
     .scale_columns = scale_columns,
