@@ -1,9 +1,11 @@
 #include "check.hpp"
 
 #include <omp.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <utility>
@@ -18,6 +20,12 @@ constexpr std::int64_t max_dimension = INT64_C(0x7fffffff);
 constexpr std::size_t max_struct_bytes = 4096;  // far more than any version will need; more is a size never set
 constexpr std::int64_t max_tensor_bytes = INT64_C(1) << 60;
 constexpr int max_threads = 1024;
+
+// A forked child's copy of the OpenMP runtime has lost its threads and would wait for them for ever.
+std::atomic<bool> forked{false};
+
+// Runs when the library is loaded.
+const int fork_is_noticed = pthread_atfork(nullptr, nullptr, [] { forked.store(true, std::memory_order_relaxed); });
 
 template <typename Struct>
 Struct read_struct(const Struct* theirs, const char* name) {
@@ -174,8 +182,9 @@ class Call {
       return;
     }
     if (count == 0) return;
-    for (std::size_t i = 0; i < rank; ++i) {
-      if (dimensions[i].size == 1) t.stride[i] = 1;
+    std::int64_t contiguous_stride = 1;
+    for (std::size_t i = rank; i-- > 0; contiguous_stride *= dimensions[i].size) {
+      if (dimensions[i].size == 1) t.stride[i] = contiguous_stride;
       if (t.stride[i] < 0) {
         refuse(FD_INVALID, name, " has stride ", t.stride[i], " in dimension ", i, " (", dimensions[i].name,
                "); must not be negative");
@@ -216,13 +225,13 @@ class Call {
     extents[extent_count++] = {buffer.name, begin, begin + buffer.bytes, true, buffer.written, nullptr, FD_FLOAT32};
   }
 
-  // An output may overlap nothing else, where that is certain from the extents: two strided views of one packed tensor
-  // interleave.
+  // An output may overlap nothing else, where that is certain: two strided views of one packed tensor only interleave.
   void check_overlaps() const {
     for (std::size_t i = 0; i < extent_count; ++i) {
       for (std::size_t j = 0; j < i; ++j) {
         const Extent &a = extents[j], &b = extents[i];
-        if ((a.output || b.output) && a.dense && b.dense && a.overlaps(b) && !a.same_pool(b)) {
+        const bool certain = (a.dense && b.dense) || a.begin == b.begin;
+        if ((a.output || b.output) && certain && a.overlaps(b) && !a.same_pool(b)) {
           refuse(FD_INVALID, b.name, " overlaps ", a.name);
         }
       }
@@ -407,6 +416,7 @@ fd_problem normalise(Operation operation, fd_problem p) {
   if (p.l2norm_eps == 0) p.l2norm_eps = 1e-6;
   if (p.context_bound == 0) p.context_bound = 0x1p-20;
   if (p.context_bound < 0) p.context_bound = 0;
+  if (fork_is_noticed != 0 || forked.load(std::memory_order_relaxed)) p.threads = 1;
   if (p.threads == 0) p.threads = std::clamp(omp_get_max_threads(), 1, max_threads);
   return p;
 }

@@ -292,6 +292,14 @@ const Wrong wrong_calls[] = {
        c.final_index = {2, 3};
      },
      FD_INVALID, "final_state overlaps initial_state"},
+    {"one pool with two strides", forward,
+     [](Call& c) {
+       c.forward.final_state.data = c.initial.data();
+       const std::int64_t s[] = {520, 128, 16, 1};
+       std::memcpy(c.forward.final_state.stride, s, sizeof s);
+       c.problem.final_rows = 5;
+     },
+     FD_INVALID, "final_state overlaps initial_state"},
     // Gradients.
     {"no gradient given", backward, [](Call& c) { c.backward.do_.data = c.backward.dfinal_state.data = nullptr; },
      FD_INVALID, "do_ and dfinal_state are both null"},

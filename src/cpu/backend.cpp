@@ -2,10 +2,6 @@
 #include "backend.hpp"
 
 #include <omp.h>
-#include <pthread.h>
-
-#include <algorithm>
-#include <atomic>
 
 #include "cpu/cpu.hpp"
 #include "cpu/vector.hpp"
@@ -14,21 +10,9 @@
 namespace flashdelta {
 namespace {
 
-std::atomic<bool> forked{false};
-
-// Runs when the library is loaded.
-const int at_fork = pthread_atfork(nullptr, nullptr, [] { forked.store(true, std::memory_order_relaxed); });
-
-// Runs an operation on the threads it may use: those of the problem, but 1 in a forked child, whose copy of the OpenMP
-// runtime has lost its threads and would wait for them for ever.
 template <auto kOperation, typename Args>
 fd_status run(const Args& args, void* workspace, void* /*stream*/) {
-  if (at_fork == 0 && !forked.load(std::memory_order_relaxed)) return kOperation(args, workspace);
-  fd_problem problem = *args.problem;
-  problem.threads = 1;
-  Args single = args;
-  single.problem = &problem;
-  return kOperation(single, workspace);
+  return kOperation(args, workspace);
 }
 
 std::string unavailable() {
