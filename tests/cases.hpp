@@ -77,6 +77,11 @@ struct Case {
   }
 };
 
+inline std::string head_dims_name(std::int64_t K, std::int64_t V) {
+  std::string name("K");
+  return name.append(std::to_string(K)).append("_V").append(std::to_string(V));
+}
+
 // Whole sequences: forward and backward.
 inline std::vector<Case> cases() {
   std::vector<Case> list = {
@@ -172,7 +177,7 @@ inline std::vector<Case> cases() {
   const std::int64_t head_dims[][2] = {{8, 8},   {8, 512},  {16, 24},   {24, 8},   {24, 136},
                                        {64, 16}, {128, 64}, {128, 128}, {256, 24}, {256, 512}};
   for (const auto& [K, V] : head_dims) {
-    const std::string name = "K" + std::to_string(K) + "_V" + std::to_string(V);
+    const std::string name = head_dims_name(K, V);
     list.push_back({.name = name, .lengths = {67}, .K = K, .V = V});
     list.push_back({.name = name + "_v_first", .lengths = {17}, .HV = 2, .K = K, .V = V, .l2norm = true, .v_first = true});
   }
@@ -281,7 +286,7 @@ inline std::vector<Case> step_cases() {
   };
   const std::int64_t head_dims[][2] = {{8, 8}, {8, 512}, {24, 136}, {128, 64}, {256, 24}, {256, 512}};
   for (const auto& [K, V] : head_dims) {
-    const std::string name = "K" + std::to_string(K) + "_V" + std::to_string(V);
+    const std::string name = head_dims_name(K, V);
     list.push_back({.name = name, .lengths = {1, 1}, .HV = 2, .K = K, .V = V});
     list.push_back({.name = name + "_v_first", .lengths = {2}, .HV = 2, .K = K, .V = V, .v_first = true});
   }

@@ -150,7 +150,7 @@ class Call {
 
   fd_dtype type(fd_dtype dtype) const { return setting_.float64 ? FD_FLOAT64 : dtype; }
   std::int64_t length(std::int64_t n) const { return c_.lengths[static_cast<std::size_t>(n)]; }
-  bool has_row(std::int64_t n) const { return d_.has_row[static_cast<std::size_t>(n)]; }
+  bool has_row(std::int64_t n) const { return !c_.pool || d_.has_row[static_cast<std::size_t>(n)]; }
 
   Shape state_shape(std::int64_t rows) const {
     return c_.v_first ? Shape{rows, c_.HV, c_.V, c_.K} : Shape{rows, c_.HV, c_.K, c_.V};

@@ -4,7 +4,9 @@
 #include <cmath>
 #include <limits>
 #include <span>
+#include <sstream>
 #include <string>
+#include <utility>
 
 #include "dtype.hpp"
 
@@ -200,6 +202,30 @@ Data part(const Data& d, std::int64_t begin, std::int64_t end, const Array& stat
   result.initial_state = state;
   result.dfinal_state = d.dfinal_state;
   return result;
+}
+
+std::string describe(const Case& c) {
+  std::ostringstream s;
+  s << (c.packed ? "packed lengths" : "lengths");
+  for (const std::int64_t length : c.lengths) s << ' ' << length;
+  s << ", padding " << c.padding << ", H " << c.H << ", HV " << c.HV << ", K " << c.K << ", V " << c.V << ", keys "
+    << static_cast<int>(c.keys) << ", gates " << static_cast<int>(c.gates) << ", strengths " << static_cast<int>(c.strengths)
+    << ", dtypes " << c.dtype << c.gate_dtype << c.beta_dtype << c.initial_dtype << c.final_dtype;
+  const std::pair<const char*, bool> options[] = {{"l2norm", c.l2norm},
+                                                  {"allow_neg_eigval", c.allow_neg_eigval},
+                                                  {"initial_state", c.initial_state},
+                                                  {"v_first", c.v_first},
+                                                  {"pool", c.pool},
+                                                  {"final_state", c.final_state},
+                                                  {"in_place", c.in_place},
+                                                  {"strided", c.strided},
+                                                  {"do", c.do_},
+                                                  {"dfinal_state", c.dfinal_state},
+                                                  {"checkpoints", c.checkpoint_interval > 0},
+                                                  {"slots", c.slots > 0},
+                                                  {"dt_bias", c.dt_bias}};
+  for (const auto& [name, on] : options) s << (on ? ", " : ", no ") << name;
+  return s.str();
 }
 
 Case random_case(std::mt19937_64& engine, bool step) {

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "tests/cases.hpp"
@@ -36,6 +37,9 @@ Data alone(const Case&, const Data&, std::int64_t n);
 // Tokens [begin, end) of a case of a single sequence, from `state`.
 Case part(const Case&, std::int64_t begin, std::int64_t end);
 Data part(const Data&, std::int64_t begin, std::int64_t end, const Array& state);
+
+// Shapes and options in one line, for failure messages.
+std::string describe(const Case&);
 
 // A small case with shapes and options drawn at random. `step`: a few tokens per sequence.
 Case random_case(std::mt19937_64&, bool step);
