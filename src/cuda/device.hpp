@@ -1,0 +1,56 @@
+// The GPU as the host sees it: its facts, and the one way to launch a kernel. No synchronisation, no allocation; works
+// (saying why not) on a machine without a driver.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <string>
+
+#include "backend.hpp"
+
+namespace flashdelta::cuda {
+
+struct Device {
+  int sm_count;
+  int major, minor;            // compute capability
+  std::size_t l2_bytes;        // L2 cache
+  std::size_t shared_bytes;    // shared memory one block may have, after opting in
+  char name[128];              // "NVIDIA H200"
+};
+
+// Facts of the calling thread's current device, read once per device. Null if there is none; then `error` says why.
+const Device* current_device(cudaError_t& error);
+
+// Empty if some device here has a compute capability for which `compiled_for` returns true, else the reason: no driver, no
+// device, or only devices that are too old or too new. `wanted` completes "... ; needs " for people.
+std::string no_device(bool (*compiled_for)(int major, int minor), const char* wanted);
+
+// "NVIDIA H200, 132 SMs, compute capability 9.0"
+std::string describe_device();
+
+// FD_OK, or FD_DEVICE_ERROR with "what: reason" as the thread's message. Clears the error, so that the caller's next check
+// of the runtime does not find ours.
+fd_status checked(cudaError_t error, const char* what);
+
+struct Launch {
+  const char* name;        // of the kernel, for error messages
+  dim3 grid, block;
+  std::size_t shared = 0;  // bytes of dynamic shared memory
+  unsigned cluster = 1;    // blocks along x that form a cluster (compute capability 9.0 on)
+  // The kernel runs griddepcontrol.wait before it touches memory, so its blocks may be set up while the kernel before it
+  // in the stream still runs (compute capability 9.0 on).
+  bool overlap = false;
+};
+
+// Enqueues a kernel; `arguments` points to its arguments, in order.
+fd_status launch(const void* kernel, const Launch&, void** arguments, void* stream);
+
+// The same, typed: a kernel takes one parameter struct.
+template <typename Parameters>
+fd_status launch(void (*kernel)(Parameters), const Launch& config, const Parameters& parameters, void* stream) {
+  void* arguments[] = {const_cast<Parameters*>(&parameters)};
+  return launch(reinterpret_cast<const void*>(kernel), config, arguments, stream);
+}
+
+}  // namespace flashdelta::cuda
