@@ -15,11 +15,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "cpu/backward_chunk.hpp"
 #include "cpu/cpu.hpp"
 #include "cpu/sequences.hpp"
+#include "cpu/tiles.hpp"
 #include "dtype.hpp"
 
 namespace flashdelta {
@@ -34,6 +34,8 @@ constexpr std::int64_t kLeastChunks = 8;  // of a segment, whatever it takes
 
 std::int64_t chunks_of(std::int64_t tokens) { return (tokens + C - 1) / C; }
 
+std::int64_t floats_of(const Arena& counted) { return static_cast<std::int64_t>(counted.used() / sizeof(float)); }
+
 // One thread's tiles.
 struct Worker {
   KeyChunk keys;
@@ -42,13 +44,12 @@ struct Worker {
   KeyGradient gradient;
   BlockScratch scratch;
 
-  Worker(const BackwardShape& s, FloatMemory& m)
-      : keys(s, m), head(s, m), sum(s, m), part(s, m), gradient(s, m), scratch(s, m) {}
+  Worker(const BackwardShape& s, Arena& m) : keys(s, m), head(s, m), sum(s, m), part(s, m), gradient(s, m), scratch(s, m) {}
 
   static std::int64_t size(const BackwardShape& s) {
-    FloatMemory counted(nullptr);
+    Arena counted;
     const Worker worker(s, counted);
-    return counted.taken();
+    return floats_of(counted);
   }
 };
 
@@ -60,12 +61,12 @@ struct UnitMemory {
   float* r;         // [chunks][C][width]
   float* partials;  // [chunks][Partial], only of split sequences
 
-  UnitMemory(const BackwardShape& s, std::int64_t segments, std::int64_t chunks, bool split, FloatMemory& m)
-      : dstate(m.take(s.state())),
-        starts(m.take(segments * s.state())),
-        states(m.take((chunks - 1) * s.state())),
-        r(m.take(chunks * C * s.width)),
-        partials(m.take(split ? chunks * Partial::size(s) : 0)) {}
+  UnitMemory(const BackwardShape& s, std::int64_t segments, std::int64_t chunks, bool split, Arena& m)
+      : dstate(m.take<float>(s.state())),
+        starts(m.take<float>(segments * s.state())),
+        states(m.take<float>((chunks - 1) * s.state())),
+        r(m.take<float>(chunks * C * s.width)),
+        partials(m.take<float>(split ? chunks * Partial::size(s) : 0)) {}
 };
 
 // How the units of a call lie in memory: `count` of them at a time, segments of `chunks` chunks.
@@ -79,13 +80,13 @@ struct UnitPlan {
     const std::int64_t room = std::max(kLeastChunks, kStoredFloats / std::max<std::int64_t>(1, count * floats));
     segments = (all + room - 1) / room;
     chunks = (all + segments - 1) / segments;
-    FloatMemory counted(nullptr);
+    Arena counted;
     const UnitMemory unit(s, segments, chunks, split, counted);
-    size = counted.taken();
+    size = floats_of(counted);
   }
 
   UnitMemory unit(const BackwardShape& s, float* memory, std::int64_t i) const {
-    FloatMemory m(memory + i * size);
+    Arena m(memory + i * size);
     return {s, segments, chunks, split, m};
   }
 };
@@ -122,12 +123,12 @@ struct Layout {
         whole(shape, std::clamp<std::int64_t>(p.N * p.H, 1, p.threads) * shape.units(), p.T, false),
         split(shape, may_split(p) ? split_sequences(p, shape) * p.H * shape.units() : 0, p.T, true),
         slots(p.B == 1 ? p.T / C + p.N : p.N * chunks_of(p.T)) {
-    FloatMemory m(memory);
-    parameter_sums = reinterpret_cast<double*>(m.take(4 * slots * p.HV));
-    order = reinterpret_cast<std::int64_t*>(m.take(2 * p.N));
-    worker_memory = m.take(workers * Worker::size(shape));
-    unit_memory = m.take(std::max(whole.count * whole.size, split.count * split.size));
-    bytes = static_cast<std::size_t>(m.taken()) * sizeof(float);
+    Arena m(memory);
+    parameter_sums = m.take<double>(2 * slots * p.HV);
+    order = m.take<std::int64_t>(p.N);
+    worker_memory = m.take<float>(workers * Worker::size(shape));
+    unit_memory = m.take<float>(std::max(whole.count * whole.size, split.count * split.size));
+    bytes = m.used();
   }
 
   // Lengths of packed sequences are not known to the workspace query; a sequence alone decides least often.
@@ -173,11 +174,11 @@ class Backward {
     run_whole(done, p_.N);
     store_parameters(args_.dA_log, p_.A_log_dtype, 0);
     store_parameters(args_.ddt_bias, p_.dt_bias_dtype, 1);
-    zero_unused_rows(args_.dq, p_.dtype, p_.H, p_.K);
-    zero_unused_rows(args_.dk, p_.dtype, p_.H, p_.K);
-    zero_unused_rows(args_.dv, p_.dtype, p_.HV, p_.V);
-    zero_unused_rows(args_.dg, p_.gate_dtype, p_.HV, 1);
-    zero_unused_rows(args_.dbeta, p_.beta_dtype, p_.HV, 1);
+    zero_unused_tokens(p_, args_.cu_seqlens, args_.dq, p_.dtype, p_.H, p_.K);
+    zero_unused_tokens(p_, args_.cu_seqlens, args_.dk, p_.dtype, p_.H, p_.K);
+    zero_unused_tokens(p_, args_.cu_seqlens, args_.dv, p_.dtype, p_.HV, p_.V);
+    zero_unused_tokens(p_, args_.cu_seqlens, args_.dg, p_.gate_dtype, p_.HV, 1);
+    zero_unused_tokens(p_, args_.cu_seqlens, args_.dbeta, p_.beta_dtype, p_.HV, 1);
   }
 
  private:
@@ -217,7 +218,7 @@ class Backward {
   }
 
   Worker worker() const {
-    FloatMemory m(layout_.worker_memory + omp_get_thread_num() * Worker::size(shape_));
+    Arena m(layout_.worker_memory + omp_get_thread_num() * Worker::size(shape_));
     return {shape_, m};
   }
 
@@ -377,7 +378,7 @@ class Backward {
   }
 
   Partial stored_partial(const Units& x, std::int64_t unit, std::int64_t i) const {
-    FloatMemory m(memory_of(x, unit).partials + i * Partial::size(shape_));
+    Arena m(memory_of(x, unit).partials + i * Partial::size(shape_));
     return {shape_, m};
   }
 
@@ -399,18 +400,6 @@ class Backward {
         for (std::int64_t i = 0; i < chunks_of(q.length); ++i) sum += layout_.sums_of(p_, q, n, i, head)[which];
       }
       store(x.data, type, head * x.stride[0], sum);
-    }
-  }
-
-  // Zeros in the rows of x [B, T, heads, width] that belong to no sequence.
-  void zero_unused_rows(const fd_tensor& x, fd_dtype type, std::int64_t heads, std::int64_t width) const {
-    if (x.data == nullptr) return;
-    const std::size_t size = size_of(type);
-    for (std::int64_t t = used_tokens(p_, args_.cu_seqlens); t < p_.T; ++t) {
-      for (std::int64_t h = 0; h < heads; ++h) {
-        char* const row = static_cast<char*>(x.data) + (t * x.stride[1] + h * x.stride[2]) * static_cast<std::int64_t>(size);
-        std::memset(row, 0, static_cast<std::size_t>(width) * size);
-      }
     }
   }
 

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "cpu/gates.hpp"
+#include "cpu/tiles.hpp"
 #include "dtype.hpp"
 
 namespace flashdelta {
@@ -15,17 +16,6 @@ constexpr std::int64_t C = kBackwardChunk;
 
 // A log decay below this is worth as much as this one: e^-88 is 0 in the kernels. It keeps sums of them finite and precise.
 constexpr float kLeastLogDecay = -88;
-
-std::int64_t offset(const fd_tensor& x, std::int64_t b, std::int64_t t, std::int64_t h) {
-  return b * x.stride[0] + t * x.stride[1] + h * x.stride[2];
-}
-
-const void* element(const fd_tensor& x, fd_dtype type, std::int64_t i) {
-  return static_cast<const char*>(x.data) + i * static_cast<std::int64_t>(size_of(type));
-}
-void* writable_element(const fd_tensor& x, fd_dtype type, std::int64_t i) {
-  return static_cast<char*>(x.data) + i * static_cast<std::int64_t>(size_of(type));
-}
 
 }  // namespace
 
@@ -39,40 +29,36 @@ BackwardShape::BackwardShape(const fd_problem& p)
 
 std::int64_t BackwardShape::columns(std::int64_t block) const { return std::min(width, V - block * width); }
 
-KeyChunk::KeyChunk(const BackwardShape& s, FloatMemory& m)
+KeyChunk::KeyChunk(const BackwardShape& s, Arena& m)
     : token(0),
       rows(0),
-      qk(m.take(2 * C * s.K_row)),
-      qk_t(m.take(s.K * 2 * C)),
-      gram(m.take(2 * C * C)),
-      qk_diagonal(m.take(C)),
-      rstd(m.take(2 * C)) {}
+      qk(m.take<float>(2 * C * s.K_row)),
+      qk_t(m.take<float>(s.K * 2 * C)),
+      gram(m.take<float>(2 * C * C)),
+      qk_diagonal(m.take<float>(C)),
+      rstd(m.take<float>(2 * C)) {}
 
-HeadChunk::HeadChunk(const BackwardShape&, FloatMemory& m)
-    : log_decay(m.take(C)),
-      gamma(m.take(C)),
-      beta(m.take(C)),
-      dlog_decay(m.take(C)),
-      dbeta(m.take(C)),
-      read_decay(m.take(2 * C)),
-      write_decay(m.take(C)),
-      write_scale(m.take(C)),
-      decay(m.take(C * C)),
-      overlap(m.take(C * C)),
-      write_overlap(m.take(C * C)),
-      read(m.take(C * C)) {}
+HeadChunk::HeadChunk(const BackwardShape&, Arena& m)
+    : log_decay(m.take<float>(C)),
+      beta(m.take<float>(C)),
+      read_decay(m.take<float>(2 * C)),
+      write_scale(m.take<float>(C)),
+      decay(m.take<float>(C * C)),
+      overlap(m.take<float>(C * C)),
+      write_overlap(m.take<float>(C * C)),
+      read(m.take<float>(C * C)) {}
 
-Partial::Partial(const BackwardShape& s, FloatMemory& m)
-    : read_t(m.take(s.K * 2 * C)),
-      write_t(m.take(s.K * C)),
-      within(m.take(2 * C * C)),
-      dbeta(m.take(C)),
-      state_dot(m.take(16)) {}
+Partial::Partial(const BackwardShape& s, Arena& m)
+    : read_t(m.take<float>(s.K * 2 * C)),
+      write_t(m.take<float>(s.K * C)),
+      within(m.take<float>(2 * C * C)),
+      dbeta(m.take<float>(C)),
+      state_dot(m.take<float>(16)) {}
 
 std::int64_t Partial::size(const BackwardShape& s) {
-  FloatMemory counted(nullptr);
+  Arena counted;
   const Partial partial(s, counted);
-  return counted.taken();
+  return static_cast<std::int64_t>(counted.used() / sizeof(float));
 }
 
 void Partial::add(const BackwardShape& s, const Partial& other) const {
@@ -80,67 +66,29 @@ void Partial::add(const BackwardShape& s, const Partial& other) const {
   for (std::int64_t i = 0; i < n; ++i) read_t[i] += other.read_t[i];
 }
 
-KeyGradient::KeyGradient(const BackwardShape& s, FloatMemory& m)
-    : read_t(m.take(s.K * 2 * C)), within(m.take(2 * C * C)), dqk(m.take(2 * C * s.K_row)) {}
+KeyGradient::KeyGradient(const BackwardShape& s, Arena& m)
+    : read_t(m.take<float>(s.K * 2 * C)), within(m.take<float>(2 * C * C)), dqk(m.take<float>(2 * C * s.K_row)) {}
 
-BlockScratch::BlockScratch(const BackwardShape& s, FloatMemory& m)
-    : block(m.take(2 * C * s.width)),
-      scaled(m.take(2 * C * s.width)),
-      scaled_t(m.take(s.width * 2 * C)),
-      r_t(m.take(s.width * C)),
-      vectors(m.take(8 * (2 * C + s.K_row))),
-      state_t(m.take(s.width * s.K_row)) {}
+BlockScratch::BlockScratch(const BackwardShape& s, Arena& m)
+    : block(m.take<float>(2 * C * s.width)),
+      scaled(m.take<float>(2 * C * s.width)),
+      scaled_t(m.take<float>(s.width * 2 * C)),
+      r_t(m.take<float>(s.width * C)),
+      vectors(m.take<float>(8 * (2 * C + s.K_row))),
+      state(m.take<float>(kStateRows * s.K_row)) {}
 
 // ------------------------------------------------------------------------------------------------------- tensors and tiles
 
-// Rows of x [B, T, heads, ..] to the first `rows` of C rows of a tile, the rest zero. An absent x: all zero.
-void BackwardKernels::load_rows(const fd_tensor& x, std::int64_t batch, std::int64_t token, std::int64_t head,
-                                std::int64_t column, std::int64_t rows, std::int64_t columns, float* dst,
-                                std::int64_t dst_row) const {
-  if (x.data == nullptr) rows = 0;
-  if (rows > 0) {
-    const void* const src = element(x, p_.dtype, offset(x, batch, token, head) + column);
-    vector_.load(rows, columns, src, p_.dtype, x.stride[1], dst, dst_row);
-  }
-  std::fill(dst + rows * dst_row, dst + C * dst_row, 0.0f);
-}
-
-void BackwardKernels::store_rows(const fd_tensor& x, std::int64_t batch, std::int64_t token, std::int64_t head,
-                                 std::int64_t column, std::int64_t rows, std::int64_t columns, const float* src,
-                                 std::int64_t src_row) const {
-  if (x.data == nullptr) return;
-  void* const dst = writable_element(x, p_.dtype, offset(x, batch, token, head) + column);
-  vector_.store(rows, columns, src, src_row, dst, p_.dtype, x.stride[1]);
-}
-
 void BackwardKernels::load_state(const ValueBlock& b, const fd_tensor& states, fd_dtype type, std::int64_t row, float* state,
                                  const BlockScratch& s) const {
-  const std::int64_t width = shape_.width, columns = shape_.columns(b.block), K = shape_.K;
-  std::fill_n(state, shape_.state(), 0.0f);
-  if (row < 0) return;
-  const std::int64_t start = row * states.stride[0] + b.value_head * states.stride[1];
-  if (p_.state_v_first == 0) {
-    vector_.load(K, columns, element(states, type, start + b.block * width), type, states.stride[2], state, width);
-  } else {
-    const void* const src = element(states, type, start + b.block * width * states.stride[2]);
-    vector_.load(columns, K, src, type, states.stride[2], s.state_t, shape_.K_row);
-    vector_.transpose(columns, K, s.state_t, shape_.K_row, state, width);
-  }
+  flashdelta::load_state(vector_, p_, states, type, row, b.value_head, b.block * shape_.width, shape_.columns(b.block),
+                         state, shape_.width, s.state);
 }
 
 void BackwardKernels::store_state(const ValueBlock& b, const fd_tensor& states, fd_dtype type, std::int64_t row,
                                   const float* state, const BlockScratch& s) const {
-  if (row < 0) return;
-  const std::int64_t width = shape_.width, columns = shape_.columns(b.block), K = shape_.K;
-  const std::int64_t start = row * states.stride[0] + b.value_head * states.stride[1];
-  if (p_.state_v_first == 0) {
-    void* const dst = writable_element(states, type, start + b.block * width);
-    vector_.store(K, columns, state, width, dst, type, states.stride[2]);
-  } else {
-    void* const dst = writable_element(states, type, start + b.block * width * states.stride[2]);
-    vector_.transpose(K, columns, state, width, s.state_t, shape_.K_row);
-    vector_.store(columns, K, s.state_t, shape_.K_row, dst, type, states.stride[2]);
-  }
+  flashdelta::store_state(vector_, p_, state, shape_.width, states, type, row, b.value_head, b.block * shape_.width,
+                          shape_.columns(b.block), s.state);
 }
 
 // ---------------------------------------------------------------------------------------------------------- chunk and head
@@ -151,8 +99,8 @@ void BackwardKernels::load_keys(const Sequence& sequence, std::int64_t query_hea
   x.token = sequence.begin + chunk * C;
   x.rows = std::min(C, sequence.length - chunk * C);
   float* const k = x.qk + C * row;
-  load_rows(args_.k, sequence.batch, x.token, query_head, 0, x.rows, K, k, row);
-  if (with_q) load_rows(args_.q, sequence.batch, x.token, query_head, 0, x.rows, K, x.qk, row);
+  load_tokens(vector_, args_.k, p_.dtype, sequence.batch, x.token, query_head, x.rows, 0, K, k, row, C);
+  if (with_q) load_tokens(vector_, args_.q, p_.dtype, sequence.batch, x.token, query_head, x.rows, 0, K, x.qk, row, C);
   if (p_.qk_l2norm != 0) {
     vector_.normalise(2 * C - first, K, x.qk + first * row, row, static_cast<float>(p_.l2norm_eps), x.rstd + first);
   }
@@ -177,37 +125,17 @@ void BackwardKernels::load_keys(const Sequence& sequence, std::int64_t query_hea
 
 void BackwardKernels::load_head(const Sequence& sequence, std::int64_t value_head, const KeyChunk& keys, bool for_reverse,
                                 HeadChunk& x) const {
-  const LogDecay<float> log_decay_of = log_decay<float>(args_, value_head);
-  const WriteStrength<float> strength_of(p_);
-  double sum = 0;
+  load_gates(args_, log_decay<float>(args_, value_head), sequence.batch, keys.token, value_head, keys.rows, C, x.log_decay,
+             x.beta);
+  for (std::int64_t i = 0; i < C; ++i) x.log_decay[i] = std::max(x.log_decay[i], kLeastLogDecay);
+  float* const from_start = x.read_decay + C;
+  vector_.exp(C, x.log_decay, x.read_decay);
+  vector_.decay_products(C, x.read_decay, x.decay, C, from_start);
   for (std::int64_t i = 0; i < C; ++i) {
-    const bool inside = i < keys.rows;
-    float g = 0, b = 0;
-    if (inside && args_.g.data != nullptr) {
-      g = static_cast<float>(load(args_.g.data, p_.gate_dtype, offset(args_.g, sequence.batch, keys.token + i, value_head)));
-    }
-    if (inside && args_.beta.data != nullptr) {
-      b = static_cast<float>(
-          load(args_.beta.data, p_.beta_dtype, offset(args_.beta, sequence.batch, keys.token + i, value_head)));
-    }
-    x.log_decay[i] = inside ? std::max(log_decay_of(g), kLeastLogDecay) : 0;
-    x.beta[i] = inside ? strength_of(b) : 0;
-    if (for_reverse) {
-      x.dlog_decay[i] = log_decay_of.derivative(g);
-      x.dbeta[i] = strength_of.derivative(b);
-    }
-    sum += static_cast<double>(x.log_decay[i]);
-    x.gamma[i] = static_cast<float>(sum);
+    x.read_decay[i] = static_cast<float>(p_.scale) * from_start[i];
+    from_start[i] = -from_start[i];
+    x.write_scale[i] = x.beta[i] * x.write_decay()[i];
   }
-  for (std::int64_t i = 0; i < C; ++i) x.write_decay[i] = x.gamma[C - 1] - x.gamma[i];
-  vector_.exp(C, x.write_decay, x.write_decay);
-  vector_.exp(C, x.gamma, x.read_decay + C);
-  for (std::int64_t i = 0; i < C; ++i) {
-    x.read_decay[i] = static_cast<float>(p_.scale) * x.read_decay[C + i];
-    x.read_decay[C + i] = -x.read_decay[C + i];
-    x.write_scale[i] = x.beta[i] * x.write_decay[i];
-  }
-  vector_.decay(C, x.gamma, x.decay, C);
   vector_.multiply_lower(C, 1, false, x.decay, C, keys.gram + C * C, C, x.overlap, C);
   if (for_reverse) {
     vector_.multiply_lower(C, static_cast<float>(p_.scale), true, x.decay, C, keys.gram, C, x.read, C);
@@ -224,8 +152,8 @@ void BackwardKernels::advance(const ValueBlock& b, const KeyChunk& keys, const H
   const std::int64_t width = shape_.width, n = shape_.padded_columns(b.block), K = shape_.K;
   const float* const k = keys.qk + C * shape_.K_row;
   // R = (I + overlap diag(beta))^-1 (V - e^gamma .* K S)
-  load_rows(args_.v, b.sequence.batch, keys.token, b.value_head, b.block * width, keys.rows, shape_.columns(b.block), r,
-            width);
+  load_tokens(vector_, args_.v, p_.dtype, b.sequence.batch, keys.token, b.value_head, keys.rows, b.block * width,
+              shape_.columns(b.block), r, width, C);
   vector_.gemm({.m = C,
                 .n = n,
                 .k = K,
@@ -262,7 +190,12 @@ void BackwardKernels::reverse(const ValueBlock& b, const KeyChunk& keys, const H
   const std::int64_t K = shape_.K;
   float* const do_ = s.block;
   float* const dv = s.block + C * width;
-  load_rows(args_.do_, b.sequence.batch, keys.token, b.value_head, b.block * width, keys.rows, columns, do_, width);
+  if (args_.do_.data != nullptr) {
+    load_tokens(vector_, args_.do_, p_.dtype, b.sequence.batch, keys.token, b.value_head, keys.rows, b.block * width,
+                columns, do_, width, C);
+  } else {
+    std::fill_n(do_, C * width, 0.0f);
+  }
 
   // dV' = e^(gamma_C - gamma) .* (K dS1) + P^T do
   vector_.gemm({.m = C,
@@ -275,7 +208,7 @@ void BackwardKernels::reverse(const ValueBlock& b, const KeyChunk& keys, const H
                 .b_row = width,
                 .c = dv,
                 .c_row = width,
-                .row_scale = head.write_decay});
+                .row_scale = head.write_decay()});
   vector_.gemm({.m = C,
                 .n = n,
                 .k = C,
@@ -299,7 +232,10 @@ void BackwardKernels::reverse(const ValueBlock& b, const KeyChunk& keys, const H
                  .x_row = width,
                  .row_scale = head.beta,
                  .part = Part::upper});
-  store_rows(args_.dv, b.sequence.batch, keys.token, b.value_head, b.block * width, keys.rows, columns, dv, width);
+  if (args_.dv.data != nullptr) {
+    store_tokens(vector_, dv, width, args_.dv, p_.dtype, b.sequence.batch, keys.token, b.value_head, keys.rows,
+                 b.block * width, columns);
+  }
 
   // Both tiles decayed to the chunk's start, one below the other: what reads the state, and what dS takes up.
   vector_.scale_rows(2 * C, n, head.read_decay, s.block, width, nullptr, 0, s.scaled, width);
@@ -381,6 +317,11 @@ void BackwardKernels::finish_head(const Sequence& sequence, std::int64_t value_h
   vector_.row_dots(2 * C, C, dp, C, keys.gram, C, 0, row_sums);
   vector_.column_dots(C, C, dp, C, keys.gram, C, 0, column_sums);
 
+  const LogDecay<float> log_decay_of = log_decay<float>(args_, value_head);
+  const WriteStrength<float> strength_of(p_);
+  const auto element = [&](const fd_tensor& x, fd_dtype type, std::int64_t t) {
+    return x.data == nullptr ? 0.0f : static_cast<float>(load(address(x, type, sequence.batch, t, value_head, 0), type, 0));
+  };
   // dg_t = sum over i >= t of a_i, plus sum over j < t of w_j, plus e^gamma_C <dS1, S>
   double dlog_decay[C];
   double later = 0;
@@ -395,17 +336,16 @@ void BackwardKernels::finish_head(const Sequence& sequence, std::int64_t value_h
   for (std::int64_t i = 0; i < keys.rows; ++i) {
     dlog_decay[i] += earlier;
     earlier += static_cast<double>(head.write_scale[i]) * static_cast<double>(write_dots[i]);
-    const double dg = dlog_decay[i] * static_cast<double>(head.dlog_decay[i]);
+    const std::int64_t t = keys.token + i;
+    const double dg = dlog_decay[i] * static_cast<double>(log_decay_of.derivative(element(args_.g, p_.gate_dtype, t)));
     dA_log += dlog_decay[i] * static_cast<double>(head.log_decay[i]);
     ddt_bias += dg;
-    const std::int64_t t = keys.token + i;
-    if (args_.dg.data != nullptr) {
-      store(args_.dg.data, p_.gate_dtype, offset(args_.dg, sequence.batch, t, value_head), dg);
-    }
+    if (args_.dg.data != nullptr)
+      store(address(args_.dg, p_.gate_dtype, sequence.batch, t, value_head, 0), p_.gate_dtype, 0, dg);
     if (args_.dbeta.data != nullptr) {
-      const double dbeta =
-          (static_cast<double>(sum.dbeta[i]) - static_cast<double>(overlap_sums[i])) * static_cast<double>(head.dbeta[i]);
-      store(args_.dbeta.data, p_.beta_dtype, offset(args_.dbeta, sequence.batch, t, value_head), dbeta);
+      const double dbeta = static_cast<double>(sum.dbeta[i]) - static_cast<double>(overlap_sums[i]);
+      store(address(args_.dbeta, p_.beta_dtype, sequence.batch, t, value_head, 0), p_.beta_dtype, 0,
+            dbeta * static_cast<double>(strength_of.derivative(element(args_.beta, p_.beta_dtype, t))));
     }
   }
   parameter_sums[0] = dA_log;
@@ -463,8 +403,12 @@ void BackwardKernels::finish_keys(const Sequence& sequence, std::int64_t query_h
     vector_.scale_rows(2 * C, row, along, keys.qk, row, sums.dqk, row, sums.dqk, row);
     vector_.scale_rows(2 * C, row, keys.rstd, sums.dqk, row, nullptr, 0, sums.dqk, row);
   }
-  store_rows(args_.dq, sequence.batch, keys.token, query_head, 0, keys.rows, K, dq, row);
-  store_rows(args_.dk, sequence.batch, keys.token, query_head, 0, keys.rows, K, dk, row);
+  if (args_.dq.data != nullptr) {
+    store_tokens(vector_, dq, row, args_.dq, p_.dtype, sequence.batch, keys.token, query_head, keys.rows, 0, K);
+  }
+  if (args_.dk.data != nullptr) {
+    store_tokens(vector_, dk, row, args_.dk, p_.dtype, sequence.batch, keys.token, query_head, keys.rows, 0, K);
+  }
 }
 
 }  // namespace flashdelta

@@ -13,6 +13,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/cpu.hpp"
 #include "cpu/sequences.hpp"
 #include "cpu/vector.hpp"
 #include "flashdelta/flashdelta.h"
@@ -21,23 +22,6 @@ namespace flashdelta {
 
 constexpr std::int64_t kBackwardChunk = 32;        // C: tokens of a chunk
 constexpr std::int64_t kBackwardValueBlock = 128;  // columns of v and of the state worked on at a time, at most
-
-// Takes arrays of floats out of a block of memory, each aligned to 64 bytes; without memory it only counts.
-class FloatMemory {
- public:
-  explicit FloatMemory(void* memory) : memory_(static_cast<float*>(memory)) {}
-
-  float* take(std::int64_t count) {
-    float* const array = memory_ == nullptr ? nullptr : memory_ + taken_;
-    taken_ += round_up(count, 16);
-    return array;
-  }
-  std::int64_t taken() const { return taken_; }
-
- private:
-  float* memory_;
-  std::int64_t taken_ = 0;
-};
 
 // Sizes that follow from the problem.
 struct BackwardShape {
@@ -68,25 +52,22 @@ struct KeyChunk {
   float* qk_diagonal;        // [C]: the diagonal of Q K^T
   float* rstd;               // [2C], of the l2 norm
 
-  KeyChunk(const BackwardShape&, FloatMemory&);
+  KeyChunk(const BackwardShape&, Arena&);
 };
 
 struct HeadChunk {
   float* log_decay;      // [C]
-  float* gamma;          // [C]: sum of log decays from the chunk's start, inclusive
   float* beta;           // [C]
-  float* dlog_decay;     // [C]: derivative of log_decay by g (or a), by dt_bias too
-  float* dbeta;          // [C]: derivative of beta by its tensor
   float* read_decay;     // [2C]: scale e^gamma, then -e^gamma
-  float* write_decay;    // [C]: e^(gamma_C - gamma)
-  float* write_scale;    // [C]: beta e^(gamma_C - gamma)
-  float* decay;          // [C][C], lower: e^(gamma_i - gamma_j)
+  float* write_scale;    // [C]: beta e^(gamma_C - gamma); gamma: sum of log decays from the chunk's start, inclusive
+  float* decay;          // [C][C], lower: e^(gamma_i - gamma_j); its last row is the decay to the chunk's end
   float* overlap;        // [C][C], strictly lower: decay .* K K^T
   float* write_overlap;  // [C][C]: overlap with beta on its columns
   float* read;           // [C][C], lower: scale decay .* Q K^T
 
-  HeadChunk(const BackwardShape&, FloatMemory&);
-  float chunk_decay() const { return -read_decay[2 * kBackwardChunk - 1]; }  // e^gamma_C
+  HeadChunk(const BackwardShape&, Arena&);
+  float chunk_decay() const { return -read_decay[2 * kBackwardChunk - 1]; }                   // e^gamma_C
+  const float* write_decay() const { return decay + (kBackwardChunk - 1) * kBackwardChunk; }  // e^(gamma_C - gamma)
 };
 
 // What value blocks contribute to the gradients of one value head, one contiguous array.
@@ -97,7 +78,7 @@ struct Partial {
   float* dbeta;      // [C]: <dV', R> per token
   float* state_dot;  // [16], the first counts: <dS, S>
 
-  Partial(const BackwardShape&, FloatMemory&);
+  Partial(const BackwardShape&, Arena&);
   static std::int64_t size(const BackwardShape&);
   void add(const BackwardShape&, const Partial&) const;
 };
@@ -108,7 +89,7 @@ struct KeyGradient {
   float* within;  // [2C][C]: sums of dP, and of -E
   float* dqk;     // [2C][K_row]
 
-  KeyGradient(const BackwardShape&, FloatMemory&);
+  KeyGradient(const BackwardShape&, Arena&);
 };
 
 // Scratch of a thread for one value block.
@@ -118,9 +99,9 @@ struct BlockScratch {
   float* scaled_t;  // [width][2C]
   float* r_t;       // [width][C]
   float* vectors;   // [8][2C + K]
-  float* state_t;   // [width][K_row]
+  float* state;     // state_scratch()
 
-  BlockScratch(const BackwardShape&, FloatMemory&);
+  BlockScratch(const BackwardShape&, Arena&);
 };
 
 class BackwardKernels {
@@ -158,11 +139,6 @@ class BackwardKernels {
   void finish_keys(const Sequence&, std::int64_t query_head, const KeyChunk&, const KeyGradient&, const BlockScratch&) const;
 
  private:
-  void load_rows(const fd_tensor&, std::int64_t batch, std::int64_t token, std::int64_t head, std::int64_t column,
-                 std::int64_t rows, std::int64_t columns, float* dst, std::int64_t dst_row) const;
-  void store_rows(const fd_tensor&, std::int64_t batch, std::int64_t token, std::int64_t head, std::int64_t column,
-                  std::int64_t rows, std::int64_t columns, const float* src, std::int64_t src_row) const;
-
   const fd_backward_args& args_;
   const fd_problem& p_;
   BackwardShape shape_;
