@@ -16,10 +16,6 @@ std::size_t cpu_forward_workspace(const fd_problem&);
 std::size_t cpu_backward_workspace(const fd_problem&);
 std::size_t cpu_step_workspace(const fd_problem&);
 
-// Threads a call may use: those of the problem, but 1 in a forked child, whose copy of the OpenMP runtime has lost its
-// threads.
-int cpu_threads(const fd_problem&);
-
 // Takes arrays from a piece of memory, one after another, each aligned to 64 bytes. From null it only counts: the
 // constructor that lays out a workspace also says how large it is.
 class Arena {

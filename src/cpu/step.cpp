@@ -51,7 +51,10 @@ struct Task {
   const fd_step_args& args;
   const Scratch& s;
   std::int64_t n, value_head, column, columns;
+  const void* next;  // the initial state of this thread's next task, null if unknown
   const VectorKernels& vector = vector_kernels();
+
+  State initial() const { return in_pool(args.initial_state, args.problem->initial_dtype, initial_row(args, n)); }
 
   State in_pool(const fd_tensor& states, fd_dtype type, std::int64_t row) const {
     if (row < 0) return {nullptr, type, 0};
@@ -60,7 +63,7 @@ struct Task {
   }
 
   // out = decay * in + k u^T
-  void write(const State& in, const State& out, float decay) const {
+  void write(const State& in, const State& out, float decay, const void* prefetched = nullptr) const {
     const fd_problem& p = *args.problem;
     vector.step_write({.K = p.K,
                        .V = columns,
@@ -73,7 +76,8 @@ struct Task {
                        .v_first = p.state_v_first != 0,
                        .decay = decay,
                        .k = s.k,
-                       .u = s.u});
+                       .u = s.u,
+                       .next = prefetched});
   }
 
   void run() const {
@@ -81,7 +85,7 @@ struct Task {
     const Sequence q = sequence(p, args.cu_seqlens, n);
     const bool v_first = p.state_v_first != 0;
     const State scratch{reinterpret_cast<char*>(s.state), FD_FLOAT32, v_first ? round_up(p.K, 16) : round_up(columns, 16)};
-    State current = in_pool(args.initial_state, p.initial_dtype, initial_row(args, n));
+    State current = initial();
     if (q.length == 0) {
       pass_through(current);
       return;
@@ -97,7 +101,7 @@ struct Task {
         row = final_row(args, n);
       const State wanted = in_pool(args.final_state, p.final_dtype, row);
       if (wanted.data != nullptr && (last || wanted.type == FD_FLOAT32)) {
-        write(current, wanted, decay);
+        write(current, wanted, decay, last && q.length == 1 ? next : nullptr);
         current = wanted;
       } else if (!last) {
         write(current, scratch, decay);
@@ -184,8 +188,11 @@ fd_status cpu_step(const fd_step_args& args, void* workspace) {
     const Scratch scratch(arena, p);
 #pragma omp for schedule(static)
     for (std::int64_t i = 0; i < tasks; ++i) {
-      const std::int64_t head = i / column_tasks(), column = i % column_tasks() * columns;
-      Task{args, scratch, head / p.HV, head % p.HV, column, std::min(columns, p.V - column)}.run();
+      const auto task = [&](std::int64_t number, const void* next) {
+        const std::int64_t head = number / column_tasks(), column = number % column_tasks() * columns;
+        return Task{args, scratch, head / p.HV, head % p.HV, column, std::min(columns, p.V - column), next};
+      };
+      task(i, i + 1 < tasks ? task(i + 1, nullptr).initial().data : nullptr).run();
     }
   }
   zero_unused_tokens(p, args.cu_seqlens, args.o, p.dtype, p.HV, p.V);

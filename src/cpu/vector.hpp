@@ -73,6 +73,9 @@ struct StepWrite {
   bool v_first;
   float decay;
   const float *k, *u;  // K; V
+  // Memory of the same layout as `state` that will be wanted next (null: none): fetched on the way, so that memory is not
+  // idle while this pass works in the cache.
+  const void* next = nullptr;
 };
 
 struct VectorKernels {

@@ -515,6 +515,10 @@ void step_write_rows(const StepWrite& s) {
   const float* by_column = s.v_first ? s.k : s.u;
   for (int64_t i = 0; i < m; ++i) {
     auto* out = static_cast<typename Element<kOut>::type*>(s.out) + i * s.out_row;
+    if (s.next != nullptr) {
+      const auto* next = static_cast<const typename Element<kIn>::type*>(s.next) + i * s.row;
+      for (int64_t j = 0; j < n; j += 64 / static_cast<int64_t>(sizeof(*next))) __builtin_prefetch(next + j, 0, 2);
+    }
     const auto update = [&](auto d, int64_t j) { return hn::Mul(hn::Set(d, by_row[i]), hn::LoadU(d, by_column + j)); };
     if (s.state == nullptr) {
       columns(n, [&](auto d, int64_t j) { store_elements<kOut>(d, update(d, j), out + j); });
