@@ -67,7 +67,8 @@ def _forward(
     o = q.new_empty(plan.o_shape)
     final_state = _final_state(plan, q, output_final_state)
     outputs = (o, final_state if output_final_state else None, None, None, None)
-    _plan.run(plan, q, [*_plan.fields(plan, (*_plan.copied(plan, inputs), *outputs)), 0, 0])
+    tensors = (*_plan.copied(plan, inputs), *outputs)  # held until the call is over: a copy dies with its last reference
+    _plan.run(plan, q, [*_plan.fields(plan, tensors), 0, 0])
     return o, final_state
 
 
@@ -91,7 +92,8 @@ def _forward_train(
     final_state = _final_state(plan, q, output_final_state)
     saved = q.new_empty(0 if recompute else plan.saved, dtype=torch.uint8)
     outputs = (o, final_state if output_final_state else None, None, None, None)
-    values = _plan.fields(plan, (*_plan.copied(plan, inputs), *outputs))
+    tensors = (*_plan.copied(plan, inputs), *outputs)  # held until the call is over: a copy dies with its last reference
+    values = _plan.fields(plan, tensors)
     _plan.run(plan, q, [*values, saved.data_ptr(), saved.numel()])
     return o, final_state, saved
 
@@ -144,7 +146,8 @@ def _step(
     o = q.new_empty(plan.o_shape)
     final_state = _final_state(plan, q, output_final_state)
     outputs = (o, final_state if output_final_state else None, None, None)
-    _plan.run(plan, q, _plan.fields(plan, (*_plan.copied(plan, inputs), *outputs)))
+    tensors = (*_plan.copied(plan, inputs), *outputs)  # held until the call is over: a copy dies with its last reference
+    _plan.run(plan, q, _plan.fields(plan, tensors))
     return o, final_state
 
 
@@ -193,7 +196,8 @@ def _backward(
     inputs = (*main, cu_seqlens, initial_state, None, do, dfinal_state)
     plan = _plan.find(_lib.BACKWARD, inputs, options)
     gradients = _empty_gradients((*main, initial_state), wanted, plan.state_shape)
-    before = _plan.fields(plan, _plan.copied(plan, inputs))
+    tensors = _plan.copied(plan, inputs)  # held until the call is over: a copy dies with its last reference
+    before = _plan.fields(plan, tensors)
     buffer = (0, 0) if saved is None else (saved.data_ptr(), saved.numel())
     after = _plan.fields(plan, [t if t.numel() else None for t in gradients], len(inputs) + len(buffer))
     _plan.run(plan, q, [*before, *buffer, *after])
@@ -335,7 +339,8 @@ def _train_backward(ctx: Any, do: MaybeTensor, dfinal_state: MaybeTensor, _: May
     nothing: list[MaybeTensor] = [None] * ctx.inputs
     *inputs, saved = ctx.saved_tensors
     where = (0, 1, 2, 3, 4, 5, 6, 8)  # every tensor but cu_seqlens
-    wanted = [bool(ctx.needs_input_grad[i]) and inputs[i] is not None for i in where]
+    needed = ctx.needs_input_grad  # shorter where trailing arguments were left out
+    wanted = [i < len(needed) and needed[i] and inputs[i] is not None for i in where]
     if dfinal_state is not None and dfinal_state.numel() == 0:
         dfinal_state = None
     if do is None and dfinal_state is None:
