@@ -102,9 +102,6 @@ struct VectorKernels {
   // equal.
   void (*exp)(std::int64_t n, const float* x, float* y);
 
-  // out_ij = exp(gamma_i - gamma_j) for j <= i, zero above the diagonal (m x m, m a multiple of 16); gamma non-increasing.
-  void (*decay)(std::int64_t m, const float* gamma, float* out, std::int64_t out_row);
-
   // Decay between the tokens of a chunk, from the decay alpha_i = exp(g_i) of each: out_ij = alpha_{j+1} .. alpha_i for
   // j <= i, zero above the diagonal (m x m, m a multiple of 16), and from_start_i = alpha_0 .. alpha_i. The last row of
   // `out` is the decay from each token to the end. Products, not exp of differences of cumulative sums: they stay exact to a

@@ -351,22 +351,6 @@ void exp(int64_t n, const float* x, float* y) {
   for (int64_t i = 0; i < n; i += kLanes) hn::StoreU(hn::Exp(d, hn::LoadU(d, x + i)), d, y + i);
 }
 
-void decay(int64_t m, const float* gamma, float* out, int64_t out_row) {
-  const D d;
-  for (int64_t i = 0; i < m; ++i) {
-    for (int64_t j = 0; j < m; j += kLanes) {
-      Vec e = hn::Zero(d);
-      if (j <= i) {
-        const auto below = hn::FirstN(d, static_cast<size_t>(i + 1 - j));
-        // Above the diagonal the difference is positive and may be large: the limit keeps the discarded lanes finite.
-        const Vec x = hn::Min(hn::Sub(hn::Set(d, gamma[i]), hn::LoadU(d, gamma + j)), hn::Zero(d));
-        e = hn::IfThenElseZero(below, hn::Exp(d, x));
-      }
-      hn::StoreU(e, d, out + i * out_row + j);
-    }
-  }
-}
-
 void decay_products(int64_t m, const float* alpha, float* out, int64_t out_row, float* from_start) {
   const D d;
   const Vec smallest = hn::Set(d, 0x1p-126f);
@@ -568,7 +552,6 @@ const VectorKernels FLASHDELTA_TABLE(FLASHDELTA_TARGET) = {
     .normalise = normalise,
     .transpose = transpose,
     .exp = exp,
-    .decay = decay,
     .decay_products = decay_products,
     .multiply_lower = multiply_lower,
     .scale_rows = scale_rows,
