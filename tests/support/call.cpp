@@ -25,6 +25,7 @@ class Call {
     problem.H = c.H, problem.HV = c.HV, problem.K = c.K, problem.V = c.V;
     problem.scale = c.scale;
     problem.backend = setting.backend;
+    problem.device = setting.remote == nullptr ? FD_CPU : FD_CUDA;
     problem.dtype = type(c.dtype);
     problem.gate_dtype = problem.A_log_dtype = problem.dt_bias_dtype = type(c.gate_dtype);
     problem.beta_dtype = type(c.beta_dtype);
@@ -109,6 +110,26 @@ class Call {
   }
 
   const void* accepted() const { return accepted_; }
+
+  // Calls operation(args, workspace, bytes, stream), on the setting's device.
+  template <typename Args, typename Query>
+  Results run_operation(Args args, Query query, fd_status (*operation)(const Args*, void*, std::size_t, void*)) {
+    if (setting_.remote == nullptr) {
+      return run(query, [&](void* workspace, std::size_t bytes) { return operation(&args, workspace, bytes, nullptr); });
+    }
+    Remote& remote = *setting_.remote;
+    return run(query, [&](Memory& workspace) {
+      std::vector<std::span<unsigned char>> blocks = {workspace.block()};
+      for (auto& [name, t] : tensors_) blocks.push_back(t.memory().block());
+      const auto bytes_of = [](auto& v) { return std::span(reinterpret_cast<unsigned char*>(v.data()), std::span(v).size_bytes()); };
+      for (auto& v : wide_) blocks.push_back(bytes_of(v));
+      for (auto& v : narrow_) blocks.push_back(bytes_of(v));
+      remote.upload(blocks);
+      for_each_pointer(args, [&](auto*& pointer) { pointer = remote.translate(pointer); });
+      void* const moved = remote.translate(workspace.data());
+      return remote.run([&](void* stream) { return operation(&args, moved, workspace.size(), stream); });
+    });
+  }
 
   // Calls run(workspace, bytes), with `bytes` as asked for, and hands out what was written.
   template <typename Query, typename Run>

@@ -3,8 +3,11 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
+#include <span>
 #include <string>
+#include <vector>
 
 #include "flashdelta/flashdelta.h"
 #include "tests/cases.hpp"
@@ -13,11 +16,23 @@
 
 namespace flashdelta::testing {
 
+// Where a call runs whose pointers lie on another device. The memory of a call is uploaded, guard bands and all, its
+// pointers are translated, and everything comes back for the checks.
+class Remote {
+ public:
+  virtual ~Remote() = default;
+  virtual void upload(const std::vector<std::span<unsigned char>>& blocks) = 0;
+  virtual void* translate(const void* pointer) const = 0;  // into an uploaded block, to its copy; null stays null
+  // Runs `call` as often and in whatever way it likes, and brings the blocks back.
+  virtual fd_status run(const std::function<fd_status(void* stream)>& call) = 0;
+};
+
 struct Setting {
   fd_backend backend = FD_BACKEND_AUTO;
   int threads = 1;
   bool float64 = false;  // every floating-point tensor is fp64, whatever the case says
   bool saved = false;    // backward reuses what the forward call saved
+  Remote* remote = nullptr;  // runs on the CUDA device it stands for (forward and step)
 };
 
 // The definition of correct: the reference backend, with inputs and outputs in fp64.

@@ -34,6 +34,7 @@ class Memory {
   unsigned char* data() { return block_.data() + begin_; }
   const unsigned char* data() const { return block_.data() + begin_; }
   std::size_t size() const { return size_; }
+  std::span<unsigned char> block() { return block_; }  // guard bands and all
   bool guards_intact() const;
 
  private:
@@ -62,6 +63,7 @@ class Tensor {
   const std::vector<std::int64_t>& shape() const { return shape_; }
 
   fd_tensor view();
+  Memory& memory() { return memory_; }
 
   // All elements in order of the shape; of row `row` (first dimension) with the `_row` functions.
   void fill(const Array&);
