@@ -292,7 +292,7 @@ def main() -> int:
     model = LanguageModel().to(device)
     parameters = sum(p.numel() for p in model.parameters())
     print(
-        f"{len(train) / 1e6:.1f} MB of text, {parameters / 1e6:.2f} M parameters, {device}, {torch.get_num_threads()} threads"
+        f"{len(train) / 1e6:.1f} MB text, {parameters / 1e6:.2f} M parameters, {device}, {torch.get_num_threads()} threads"
     )
 
     losses = train_model(model, train, arguments.seconds, autocast)

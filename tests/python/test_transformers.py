@@ -79,7 +79,9 @@ def make_model(model: str, **changes: Any) -> Any:
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if parameter.dim() > 1:
-                parameter.mul_(4)  # initial weights are so small that every layer would be nearly the identity
+                parameter.mul_(3)  # initial weights are so small that every layer would be nearly the identity
+            if name.endswith("A_log"):
+                parameter.uniform_(-4, 0)  # heads that remember; most initial ones forget within a token
             if name.endswith("conv1d.weight"):
                 parameter.normal_(0, 0.5)
     return made

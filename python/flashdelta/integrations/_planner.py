@@ -23,7 +23,7 @@ def refusal(operation: str, q: Tensor, v: Tensor, gradients: bool = False) -> st
         gradients: the backward must be served as well.
     """
     shape = (q.shape[2], v.shape[2], q.shape[3], v.shape[3])
-    reason = _refusal(operation, q.device.type, q.dtype, *shape)
+    reason: str | None = _refusal(operation, q.device.type, q.dtype, *shape)
     if reason is None and gradients and torch.is_grad_enabled():
         reason = _refusal("backward", q.device.type, q.dtype, *shape)
     return reason

@@ -43,7 +43,7 @@ def disable() -> None:
 
 @functools.cache
 def _register() -> None:
-    from fla.backends import BaseBackend, register
+    from fla.backends import BaseBackend, register  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
     class FlashdeltaBackend(BaseBackend):  # type: ignore[misc, unused-ignore]
         """Gated delta rule by flashdelta; see flashdelta.integrations.fla."""

@@ -4,8 +4,8 @@
     flashdelta.integrations.transformers.enable()
 
 The modeling modules of Qwen3-Next, Qwen3.5, Qwen3.5-MoE and their relatives look three functions up in their own globals
-each time a layer runs: the chunked rule, the recurrent rule and the causal convolution before them. `enable()` puts functions of
-the same signature there, so it works for models made before and after it; `disable()` puts the very same objects back.
+each time a layer runs: the chunked rule, the recurrent rule and the causal convolution before them. `enable()` puts functions
+of the same signature there, so it works for models made before and after it; `disable()` puts the very same objects back.
 
 Packed input is kept apart by `cu_seq_lens_q` or `seq_idx`, in the convolution as in the rule. Packing that shows in
 `position_ids` alone never reaches these layers and cannot be seen here. `seq_idx` alone costs a search for its boundaries in
@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils import is_torchdynamo_exporting
+from transformers.utils import is_torchdynamo_exporting  # type: ignore[attr-defined, import-not-found, unused-ignore]
 
 from .. import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 from ._planner import refusal
@@ -177,7 +177,8 @@ def _make_chunk(original: Function) -> Function:
         if reason is None:
             return chunk_gated_delta_rule(query, key, value, **options)
         serve = _fall_back(_on_this_device(original, query, cu_seqlens), "torch_chunk_gated_delta_rule", reason)
-        return serve(query, key, value, chunk_size=chunk_size, **options, **kwargs)
+        result: tuple[Tensor, Tensor | None] = serve(query, key, value, chunk_size=chunk_size, **options, **kwargs)
+        return result
 
     return torch_chunk_gated_delta_rule
 
@@ -209,7 +210,8 @@ def _make_recurrent(original: Function) -> Function:
         if reason is None:
             return fused_recurrent_gated_delta_rule(query, key, value, **options)
         serve = _fall_back(_on_this_device(original, query, cu_seqlens), "torch_recurrent_gated_delta_rule", reason)
-        return serve(query, key, value, **options, **kwargs)
+        result: tuple[Tensor, Tensor | None] = serve(query, key, value, **options, **kwargs)
+        return result
 
     return torch_recurrent_gated_delta_rule
 
@@ -230,15 +232,15 @@ def _make_convolution(original: Function) -> Function:
         **kwargs: Any,
     ) -> Tensor:
         """hidden_states [B, D, T], weight [D, W], bias [D] -> [B, D, T]."""
+        output: Tensor
         cu_seqlens, seq_idx = kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx")
-        if (cu_seqlens is None and seq_idx is None) or is_torchdynamo_exporting():
-            output: Tensor = original(hidden_states, weight, bias, activation=activation, **kwargs)
+        ends = _boundaries(0 if seq_idx is None else seq_idx.shape[-1], cu_seqlens, seq_idx)
+        if ends is None or is_torchdynamo_exporting():
+            output = original(hidden_states, weight, bias, activation=activation, **kwargs)
             return output
         if hidden_states.shape[0] != 1:
             raise ValueError(f"packed sequences have batch size 1, got {hidden_states.shape[0]}")
         length, reach = hidden_states.shape[2], weight.shape[-1] - 1
-        ends = _boundaries(length if cu_seqlens is not None else seq_idx.shape[1], cu_seqlens, seq_idx)
-        assert ends is not None
         # A cache pads a prompt shorter than the filter with zeros on the left, which belong to no sequence.
         lead = length - int(ends[-1]) if length <= reach + 1 else 0
         # Each sequence moves right by the filter's reach times its number, into a buffer of zeros: no filter then sees two
