@@ -58,7 +58,7 @@ TEST_P(Gradient, OfTheReferenceMatchesFiniteDifferences) {
         EXPECT_EQ(gradient.x[i], 0) << name << " of a sequence that starts from zero";
         continue;
       }
-      const auto loss_at = [&](double value) {
+      const auto loss_at = [&, input = input](double value) {
         input->x[i] = value;
         return loss(everything_kept, d);
       };
