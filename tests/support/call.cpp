@@ -16,6 +16,24 @@ void require(bool condition, const std::string& message) {
   if (!condition) throw std::runtime_error(message);
 }
 
+// visit(pointer) for every pointer to memory in the arguments of a forward call or a step.
+template <typename Args, typename Visit>
+void for_each_pointer(Args& args, Visit visit) {
+  for (fd_tensor* t : {&args.q, &args.k, &args.v, &args.g, &args.beta, &args.A_log, &args.dt_bias, &args.initial_state,
+                       &args.o, &args.final_state}) {
+    visit(t->data);
+  }
+  visit(args.initial_index.data);
+  visit(args.final_index.data);
+  visit(args.cu_seqlens);
+  if constexpr (requires { args.accepted; }) {
+    visit(args.accepted);
+  } else {
+    visit(args.checkpoints.data);
+    visit(args.checkpoint_index.data);
+  }
+}
+
 // Tensors, indices and buffers of one call, filled and named as the case says.
 class Call {
  public:
@@ -115,13 +133,15 @@ class Call {
   template <typename Args, typename Query>
   Results run_operation(Args args, Query query, fd_status (*operation)(const Args*, void*, std::size_t, void*)) {
     if (setting_.remote == nullptr) {
-      return run(query, [&](void* workspace, std::size_t bytes) { return operation(&args, workspace, bytes, nullptr); });
+      return run(query, [&](Memory& workspace) { return operation(&args, workspace.data(), workspace.size(), nullptr); });
     }
     Remote& remote = *setting_.remote;
     return run(query, [&](Memory& workspace) {
       std::vector<std::span<unsigned char>> blocks = {workspace.block()};
       for (auto& [name, t] : tensors_) blocks.push_back(t.memory().block());
-      const auto bytes_of = [](auto& v) { return std::span(reinterpret_cast<unsigned char*>(v.data()), std::span(v).size_bytes()); };
+      const auto bytes_of = [](auto& v) {
+        return std::span(reinterpret_cast<unsigned char*>(v.data()), std::span(v).size_bytes());
+      };
       for (auto& v : wide_) blocks.push_back(bytes_of(v));
       for (auto& v : narrow_) blocks.push_back(bytes_of(v));
       remote.upload(blocks);
@@ -131,7 +151,7 @@ class Call {
     });
   }
 
-  // Calls run(workspace, bytes), with `bytes` as asked for, and hands out what was written.
+  // Calls run(workspace), as large as asked for, and hands out what was written.
   template <typename Query, typename Run>
   Results run(Query query, Run run) {
     std::size_t bytes = 0;
@@ -144,7 +164,7 @@ class Call {
         if (row >= 0) states->tensor->allow_row(row);
       }
     }
-    require(run(workspace.data(), bytes) == FD_OK, std::string("the call failed: ") + fd_last_error());
+    require(run(workspace) == FD_OK, std::string("the call failed: ") + fd_last_error());
     require(workspace.guards_intact(), "the call wrote outside its workspace");
     for (const auto& [name, t] : tensors_) require(t.intact(), "the call wrote where it must not, at or around " + name);
 
@@ -257,7 +277,7 @@ void fill_saved(const Case& c, const Data& d, const Setting& setting, Memory& sa
   args.saved = saved.data();
   args.saved_bytes = saved.size();
   call.run(fd_forward_workspace,
-           [&](void* workspace, std::size_t bytes) { return fd_forward(&args, workspace, bytes, nullptr); });
+           [&](Memory& workspace) { return fd_forward(&args, workspace.data(), workspace.size(), nullptr); });
   require(saved.guards_intact(), "the call wrote outside `saved`");
 }
 
@@ -270,8 +290,7 @@ Results forward(const Case& c, const Data& d, const Setting& setting) {
   args.o = call.output("o", c.dtype, d.v.shape);
   if (c.final_state) call.final_state(args, false);
   if (c.checkpoint_interval > 0) call.checkpoints(args);
-  return call.run(fd_forward_workspace,
-                  [&](void* workspace, std::size_t bytes) { return fd_forward(&args, workspace, bytes, nullptr); });
+  return call.run_operation(args, fd_forward_workspace, fd_forward);
 }
 
 Results step(const Case& c, const Data& d, const Setting& setting) {
@@ -281,8 +300,7 @@ Results step(const Case& c, const Data& d, const Setting& setting) {
   args.accepted = call.accepted();
   args.o = call.output("o", c.dtype, d.v.shape);
   if (c.final_state) call.final_state(args, c.slots > 0);
-  return call.run(fd_step_workspace,
-                  [&](void* workspace, std::size_t bytes) { return fd_step(&args, workspace, bytes, nullptr); });
+  return call.run_operation(args, fd_step_workspace, fd_step);
 }
 
 Results backward(const Case& c, const Data& d, const Setting& setting) {
@@ -309,7 +327,7 @@ Results backward(const Case& c, const Data& d, const Setting& setting) {
     args.saved_bytes = saved.size();
   }
   return call.run(fd_backward_workspace,
-                  [&](void* workspace, std::size_t bytes) { return fd_backward(&args, workspace, bytes, nullptr); });
+                  [&](Memory& workspace) { return fd_backward(&args, workspace.data(), workspace.size(), nullptr); });
 }
 
 }  // namespace flashdelta::testing

@@ -30,8 +30,8 @@ class Remote {
 struct Setting {
   fd_backend backend = FD_BACKEND_AUTO;
   int threads = 1;
-  bool float64 = false;  // every floating-point tensor is fp64, whatever the case says
-  bool saved = false;    // backward reuses what the forward call saved
+  bool float64 = false;      // every floating-point tensor is fp64, whatever the case says
+  bool saved = false;        // backward reuses what the forward call saved
   Remote* remote = nullptr;  // runs on the CUDA device it stands for (forward and step)
 };
 

@@ -1,0 +1,279 @@
+// The CUDA backends against the reference: the decode step. Without a CUDA device every test is skipped, with the reason.
+// "Small" in a name: worth running under compute-sanitizer (--gtest_filter=*Small*).
+#include <cuda_runtime.h>
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "tests/support/compare.hpp"
+
+namespace flashdelta::testing {
+namespace {
+
+void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+// Empty if the decode step can run here, else the reason.
+std::string why_not() {
+  for (std::int32_t i = 0; i < fd_backend_count(); ++i) {
+    fd_backend_description backend{};
+    backend.size = sizeof(backend);
+    if (fd_backend_get(i, &backend) != FD_OK || backend.backend != FD_BACKEND_CUDA) continue;
+    return backend.available != 0 ? "" : std::string(backend.name) + ": skipped, " + backend.detail;
+  }
+  return "cuda: skipped, the library is built without it";
+}
+
+class DeviceMemory {
+ public:
+  explicit DeviceMemory(std::size_t bytes) { check(cudaMalloc(&data_, bytes == 0 ? 1 : bytes), "cudaMalloc"); }
+  ~DeviceMemory() { static_cast<void>(cudaFree(data_)); }
+  DeviceMemory(DeviceMemory&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
+  DeviceMemory(const DeviceMemory&) = delete;
+  unsigned char* data() const { return static_cast<unsigned char*>(data_); }
+
+ private:
+  void* data_ = nullptr;
+};
+
+enum class How {
+  null_stream,
+  side_stream,
+  graph,         // captured once, replayed once
+  graph_changed  // captured, replayed on other memory contents, then on the call's own
+};
+
+class Gpu : public Remote {
+ public:
+  explicit Gpu(How how = How::null_stream) : how_(how) {}
+  ~Gpu() override {
+    if (stream_ != nullptr) static_cast<void>(cudaStreamDestroy(stream_));
+  }
+
+  void upload(const std::vector<std::span<unsigned char>>& blocks) override {
+    blocks_.clear();
+    for (const auto& host : blocks) {
+      if (host.empty()) continue;
+      // A multiple of 256 between host and device addresses, so that what is (un)aligned here is so there.
+      DeviceMemory memory(host.size() + 512);
+      const auto offset =
+          (reinterpret_cast<std::uintptr_t>(host.data()) - reinterpret_cast<std::uintptr_t>(memory.data())) % 256;
+      blocks_.push_back({host, std::move(memory), offset});
+    }
+    copy_in();
+  }
+
+  void* translate(const void* pointer) const override {
+    if (pointer == nullptr) return nullptr;
+    const auto* p = static_cast<const unsigned char*>(pointer);
+    for (const Block& block : blocks_) {
+      if (p >= block.host.data() && p < block.host.data() + block.host.size())
+        return block.device() + (p - block.host.data());
+    }
+    throw std::logic_error("a pointer of the call lies in none of its blocks");
+  }
+
+  fd_status run(const std::function<fd_status(void* stream)>& call) override {
+    if (how_ != How::null_stream && stream_ == nullptr) {
+      check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
+    }
+    check(cudaDeviceSynchronize(), "upload");
+    fd_status status;
+    if (how_ == How::null_stream || how_ == How::side_stream) {
+      status = call(stream_);
+      if (status != FD_OK) return status;
+    } else {
+      cudaGraph_t graph;
+      cudaGraphExec_t executable;
+      check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
+      status = call(stream_);
+      check(cudaStreamEndCapture(stream_, &graph), "cudaStreamEndCapture");
+      if (status != FD_OK) return status;
+      check(cudaGraphInstantiate(&executable, graph, 0), "cudaGraphInstantiate");
+      if (how_ == How::graph_changed) {  // garbage everywhere, bounds and indices too: must not fault
+        for (const Block& block : blocks_) check(cudaMemset(block.device(), 0xa5, block.host.size()), "cudaMemset");
+        check(cudaGraphLaunch(executable, stream_), "cudaGraphLaunch");
+        check(cudaStreamSynchronize(stream_), "the replay on garbage");
+        copy_in();
+        check(cudaDeviceSynchronize(), "upload");
+      }
+      check(cudaGraphLaunch(executable, stream_), "cudaGraphLaunch");
+      check(cudaStreamSynchronize(stream_), "the replay");
+      check(cudaGraphExecDestroy(executable), "cudaGraphExecDestroy");
+      check(cudaGraphDestroy(graph), "cudaGraphDestroy");
+    }
+    check(cudaDeviceSynchronize(), "the kernel");
+    for (const Block& block : blocks_) {
+      check(cudaMemcpy(block.host.data(), block.device(), block.host.size(), cudaMemcpyDeviceToHost), "cudaMemcpy");
+    }
+    return status;
+  }
+
+ private:
+  struct Block {
+    std::span<unsigned char> host;
+    DeviceMemory memory;
+    std::size_t offset;
+    unsigned char* device() const { return memory.data() + offset; }
+  };
+
+  void copy_in() {
+    for (const Block& block : blocks_) {
+      check(cudaMemcpy(block.device(), block.host.data(), block.host.size(), cudaMemcpyHostToDevice), "cudaMemcpy");
+    }
+  }
+
+  How how_;
+  cudaStream_t stream_ = nullptr;
+  std::vector<Block> blocks_;
+};
+
+class Cuda : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    const std::string reason = why_not();
+    if (!reason.empty()) GTEST_SKIP() << reason;
+  }
+
+  static Results on_gpu(const Case& c, const Data& d, How how = How::null_stream) {
+    Gpu gpu(how);
+    return step(c, d, {.backend = FD_BACKEND_CUDA, .remote = &gpu});
+  }
+
+  static void expect_right(const Case& c, std::uint64_t seed) {
+    const Data d = make_data(c, seed);
+    expect_close(c, d, on_gpu(c, d), step(c, d, reference), forward_limit);
+  }
+};
+
+class CudaStepCase : public Cuda, public ::testing::WithParamInterface<Case> {};
+
+TEST_P(CudaStepCase, SmallMatchesTheReference) { expect_right(GetParam(), 1); }
+
+TEST_P(CudaStepCase, IsBitwiseTheSameAgainOnAStreamAndInAGraphWhoseInputsChange) {
+  const Case& c = GetParam();
+  const Data d = make_data(c, 2);
+  const Results first = on_gpu(c, d);
+  for (const How how : {How::null_stream, How::side_stream, How::graph, How::graph_changed}) {
+    expect_same_bits(on_gpu(c, d, how), first);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(, CudaStepCase, ::testing::ValuesIn(step_cases()), case_name<::testing::TestParamInfo<Case>>);
+
+// Every variant of the kernel: layouts, state types, head dims up to and between the powers of two, whole and partial value
+// blocks, more tokens than are taken at once, vectors that may and may not be accessed whole.
+TEST_F(Cuda, EveryVariantOfTheStepMatchesTheReference) {
+  std::uint64_t seed = 0;
+  for (const std::int64_t K : {64, 96, 128, 200, 256}) {
+    for (const bool v_first : {false, true}) {
+      for (const fd_dtype initial : {FD_FLOAT32, FD_BFLOAT16}) {
+        for (const fd_dtype final : {FD_FLOAT32, FD_BFLOAT16}) {
+          for (const std::int64_t T : {1, 4, 9}) {
+            ++seed;
+            Case c{.name = "variant", .lengths = {T, T}, .H = 1, .HV = 2, .K = K, .V = seed % 3 == 0 ? 72 : 136};
+            c.initial_dtype = initial;
+            c.final_dtype = final;
+            c.v_first = v_first;
+            c.pool = true;
+            c.strided = seed % 2 == 0;
+            c.l2norm = seed % 4 < 2;
+            c.slots = seed % 5 == 0 ? T : 0;
+            SCOPED_TRACE("K " + std::to_string(K) + ", T " + std::to_string(T) + ", seed " + std::to_string(seed));
+            expect_right(c, seed);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_F(Cuda, RandomStepsMatchTheReference) {
+  std::mt19937_64 random(5);
+  for (std::uint64_t seed = 0; seed < 200; ++seed) {
+    const Case c = random_case(random, true);
+    SCOPED_TRACE("seed " + std::to_string(seed) + ": " + c.name);
+    expect_right(c, seed);
+  }
+}
+
+TEST_F(Cuda, SequenceAloneEqualsSequenceInBatchBitwise) {
+  const Case c{.name = "batch", .lengths = {2, 0, 1, 5}, .packed = true, .padding = 3, .H = 2, .HV = 4, .K = 64, .V = 40};
+  const Data d = make_data(c, 3);
+  const Array all = on_gpu(c, d).at("final_state").values;
+  for (std::int64_t n = 0; n < c.N(); ++n) {
+    const Array one = on_gpu(alone(c, n), alone(c, d, n)).at("final_state").values;
+    for (std::size_t i = 0; i < one.x.size(); ++i) {
+      ASSERT_EQ(one.x[i], all.x[static_cast<std::size_t>(n) * one.x.size() + i]) << "sequence " << n << ", element " << i;
+    }
+  }
+}
+
+// Bounds, indices and accepted counts that mean nothing. Rows outside the pool count as -1 and bounds are clamped, so that
+// the call may write any row and any output, and nothing else.
+TEST_F(Cuda, SmallGarbageBoundsAndIndicesWriteNowhereElse) {
+  constexpr std::int64_t N = 4, T = 6, HV = 2, K = 64, V = 64, P = 3, S = 2;
+  constexpr std::size_t guard = 4096, state_bytes = P * HV * K * V * sizeof(float), token_bytes = T * HV * V * sizeof(float);
+  const auto extreme = [](int i) {
+    const std::int64_t values[] = {-1,
+                                   0,
+                                   1,
+                                   T + 1,
+                                   P,
+                                   std::numeric_limits<std::int64_t>::max(),
+                                   std::numeric_limits<std::int64_t>::min(),
+                                   std::int64_t{1} << 40,
+                                   2,
+                                   -7};
+    return values[i % 10];
+  };
+  for (int round = 0; round < 20; ++round) {
+    std::vector<std::int64_t> integers;
+    for (int i = 0; i < 64; ++i) integers.push_back(extreme(i * (round + 1) + round));
+    const DeviceMemory index(integers.size() * sizeof(std::int64_t)), tokens(token_bytes);
+    const DeviceMemory o(token_bytes + 2 * guard), states(state_bytes + 2 * guard);
+    check(cudaMemcpy(index.data(), integers.data(), integers.size() * sizeof(std::int64_t), cudaMemcpyHostToDevice), "copy");
+    check(cudaMemset(tokens.data(), 0x3c, token_bytes), "memset");
+    check(cudaMemset(o.data(), 0xff, token_bytes + 2 * guard), "memset");
+    check(cudaMemset(states.data(), 0xff, state_bytes + 2 * guard), "memset");
+
+    fd_problem p{};
+    p.size = sizeof(p);
+    p.B = 1, p.T = T, p.N = N, p.H = HV, p.HV = HV, p.K = K, p.V = V;
+    p.device = FD_CUDA;
+    p.initial_rows = p.final_rows = P;
+    p.initial_slots = p.final_slots = S;
+    fd_step_args args{};
+    args.size = sizeof(args);
+    args.problem = &p;
+    args.q.data = args.k.data = args.v.data = tokens.data();
+    args.o.data = o.data() + guard;
+    args.initial_state.data = args.final_state.data = states.data() + guard;
+    const auto* integer = reinterpret_cast<const std::int64_t*>(index.data());
+    args.cu_seqlens = integer;
+    args.initial_index.data = integer + 8;
+    args.final_index.data = integer + 24;
+    args.accepted = integer + 40;
+    ASSERT_EQ(fd_step(&args, nullptr, 0, nullptr), FD_OK) << fd_last_error();
+    ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess) << "round " << round;
+
+    for (const auto& [memory, bytes] : {std::pair{&o, token_bytes}, std::pair{&states, state_bytes}}) {
+      std::vector<unsigned char> seen(bytes + 2 * guard);
+      check(cudaMemcpy(seen.data(), memory->data(), seen.size(), cudaMemcpyDeviceToHost), "copy");
+      for (std::size_t i = 0; i < guard; ++i) {
+        ASSERT_EQ(seen[i], 0xff);
+        ASSERT_EQ(seen[bytes + guard + i], 0xff);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace flashdelta::testing
