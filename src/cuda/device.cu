@@ -1,9 +1,9 @@
-#include "cuda/device.hpp"
-
 #include <array>
 #include <atomic>
 #include <cstdio>
 #include <mutex>
+
+#include "cuda/device.hpp"
 
 namespace flashdelta::cuda {
 namespace {

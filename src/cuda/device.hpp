@@ -13,10 +13,10 @@ namespace flashdelta::cuda {
 
 struct Device {
   int sm_count;
-  int major, minor;            // compute capability
-  std::size_t l2_bytes;        // L2 cache
-  std::size_t shared_bytes;    // shared memory one block may have, after opting in
-  char name[128];              // "NVIDIA H200"
+  int major, minor;          // compute capability
+  std::size_t l2_bytes;      // L2 cache
+  std::size_t shared_bytes;  // shared memory one block may have, after opting in
+  char name[128];            // "NVIDIA H200"
 };
 
 // Facts of the calling thread's current device, read once per device. Null if there is none; then `error` says why.
@@ -34,7 +34,7 @@ std::string describe_device();
 fd_status checked(cudaError_t error, const char* what);
 
 struct Launch {
-  const char* name;        // of the kernel, for error messages
+  const char* name;  // of the kernel, for error messages
   dim3 grid, block;
   std::size_t shared = 0;  // bytes of dynamic shared memory
   unsigned cluster = 1;    // blocks along x that form a cluster (compute capability 9.0 on)

@@ -113,12 +113,12 @@ struct Sequences {
 
 // Rows of a tensor of states, picked by an index tensor. An index outside the rows counts as -1.
 struct Pool {
-  View states;        // [rows, HV, K, V] or [rows, HV, V, K]
+  View states;  // [rows, HV, K, V] or [rows, HV, V, K]
   int64_t rows;
   const void* index;  // [N] or [N, slots]; null: sequence n has row n
   fd_index_dtype type;
   int64_t stride[2];
-  int64_t slots;      // >= 1
+  int64_t slots;  // >= 1
 
   Pool(const fd_tensor& tensor, fd_dtype dtype, int64_t row_count, const fd_index& indices, fd_index_dtype index_dtype,
        int64_t slot_count)

@@ -1,14 +1,14 @@
 // The decode step: a few tokens per sequence, one after another. See docs/kernels.md#step.
 //
-// Memory-bound: what counts is that each state is read once and written once, 16 bytes per access, with many bytes in flight.
-// Value rows of a state are independent, so a block owns all keys and 128 bytes' worth of values (32 or 64) of one head of
-// one sequence, and keeps them in registers from the first token to the last: 8 vectors of 16 bytes per thread.
+// Memory-bound: what counts is that each state is read once and written once, 16 bytes per access, with many bytes in
+// flight. Value rows of a state are independent, so a block owns all keys and 128 bytes' worth of values (32 or 64) of one
+// head of one sequence, and keeps them in registers from the first token to the last: 8 vectors of 16 bytes per thread.
 //
 //   state slice -> registers ---------------+-> S^T k_t, S^T q_t of all tokens ---+-> S = D S + sum k_t d_t^T -> memory
 //   k, q, v, gates -> shared -> k.k, q.k ---'   (from the state before them) --> d_t, o_t, one value column per thread
 //
-// Tokens are taken up to 8 at a time, and only the short recurrence between them is serial. With D_ts the decay after token s
-// up to and including token t, D_t the decay up to and including t, and S the state before the tokens:
+// Tokens are taken up to 8 at a time, and only the short recurrence between them is serial. With D_ts the decay after token
+// s up to and including token t, D_t the decay up to and including t, and S the state before the tokens:
 //
 //   d_t = beta_t (v_t - D_t S^T k_t - sum_{s < t}  D_ts (k_s . k_t) d_s)
 //   o_t = scale  (      D_t S^T q_t + sum_{s <= t} D_ts (k_s . q_t) d_s)
@@ -28,9 +28,9 @@
 namespace flashdelta::cuda {
 namespace {
 
-constexpr int MAX_TOKENS = 8;    // taken at once
-constexpr int VECTORS = 8;       // of 16 bytes (8 where a state of 2-byte elements meets one of 4) per thread
-constexpr int LANES_INNER = 8;   // threads side by side along the contiguous dimension of the state
+constexpr int MAX_TOKENS = 8;   // taken at once
+constexpr int VECTORS = 8;      // of 16 bytes (8 where a state of 2-byte elements meets one of 4) per thread
+constexpr int LANES_INNER = 8;  // threads side by side along the contiguous dimension of the state
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
 // How vectors of a state are accessed: in one piece of 16 or 8 bytes, or, where a base or stride forbids that, by 2 bytes.
@@ -41,14 +41,14 @@ struct StepParameters {
   View v, o;  // [B, T, HV, V]
   Gates gates;
   Sequences sequences;
-  Pool initial, final;          // states: [P, HV, K, V] or [P, HV, V, K]
+  Pool initial, final;  // states: [P, HV, K, V] or [P, HV, V, K]
   Access initial_access, final_access;
-  const void* accepted;         // [N], of the indices' type; null: slot 0
-  bool state_per_token;         // final.index is [N, S]
-  int32_t HV, group;            // value heads; of these, per query/key head
+  const void* accepted;  // [N], of the indices' type; null: slot 0
+  bool state_per_token;  // final.index is [N, S]
+  int32_t HV, group;     // value heads; of these, per query/key head
   int32_t K, V;
-  int32_t value_blocks;         // blocks per head
-  int32_t capacity;             // tokens taken at once, <= MAX_TOKENS
+  int32_t value_blocks;  // blocks per head
+  int32_t capacity;      // tokens taken at once, <= MAX_TOKENS
   bool l2norm;
   float l2norm_eps, scale;
 };
@@ -566,7 +566,8 @@ std::string unsupported(Operation operation, const fd_problem& p) {
   }
   // Kernel parameters and the grid hold these in 32 bits.
   const int64_t limit = std::numeric_limits<int32_t>::max(), blocks = (p.V + MIN_VALUES - 1) / MIN_VALUES;
-  if (p.T > limit || p.V > limit || p.HV > limit / std::max<int64_t>(blocks, 1) || p.N > limit / std::max<int64_t>(p.HV * blocks, 1)) {
+  if (p.T > limit || p.V > limit || p.HV > limit / std::max<int64_t>(blocks, 1) ||
+      p.N > limit / std::max<int64_t>(p.HV * blocks, 1)) {
     return "T or N * HV * V is too large for one launch";
   }
   return "";
@@ -583,7 +584,8 @@ fd_status not_here(const Args&, void*, void*) {
 fd_status step(const fd_step_args& args, void*, void* stream) {
   const fd_problem& p = *args.problem;
   if (p.N == 0 || p.HV == 0 || p.V == 0) return FD_OK;
-  const Pool initial(args.initial_state, p.initial_dtype, p.initial_rows, args.initial_index, p.index_dtype, p.initial_slots);
+  const Pool initial(args.initial_state, p.initial_dtype, p.initial_rows, args.initial_index, p.index_dtype,
+                     p.initial_slots);
   const Pool final(args.final_state, p.final_dtype, p.final_rows, args.final_index, p.index_dtype, p.final_slots);
   const auto narrow = [](const Pool& pool) { return pool.states.data == nullptr || pool.states.type == FD_BFLOAT16; };
   const bool wide_vectors = narrow(initial) && narrow(final);
