@@ -141,7 +141,7 @@ void measure(benchmark::State& state, const std::function<void()>& work, const s
   bound();
   double work_time = 0, bound_time = 0;
   std::int64_t n = 0;
-  for (auto _ : state) {
+  for ([[maybe_unused]] auto _ : state) {
     const double time = seconds(work);
     state.SetIterationTime(time);
     work_time += time;
@@ -267,8 +267,8 @@ void step(benchmark::State& state, std::int64_t H, std::int64_t HV, std::int64_t
 // Another program on the cores shows as matrix products of unequal length.
 bool machine_is_busy() {
   Gemms gemms;
-  std::vector<double> times;
-  for (int i = 0; i < 40; ++i) times.push_back(seconds([&] { gemms.run(); }));
+  std::vector<double> times(40);
+  for (double& time : times) time = seconds([&] { gemms.run(); });
   std::sort(times.begin(), times.end());
   return times[20] > 1.25 * times[0];
 }

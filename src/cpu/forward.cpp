@@ -50,14 +50,14 @@ std::int64_t most_heads(const fd_problem& p) {
 
 // One thread's memory.
 struct Scratch {
-  float *q, *k;                            // [C, K]
-  float* kt;                               // [K, C]
-  float *kk, *qk;                          // [C, C]
-  float *gam, *a, *p;                      // [C, C]
-  float *g, *beta, *from_start, *q_scale;  // [C]
-  float *x, *o;                            // [C, columns]
-  float* transposed;
-  float* states;  // [heads, K, columns]
+  float *q = nullptr, *k = nullptr;                                                // [C, K]
+  float* kt = nullptr;                                                             // [K, C]
+  float *kk = nullptr, *qk = nullptr;                                              // [C, C]
+  float *gam = nullptr, *a = nullptr, *p = nullptr;                                // [C, C]
+  float *g = nullptr, *beta = nullptr, *from_start = nullptr, *q_scale = nullptr;  // [C]
+  float *x = nullptr, *o = nullptr;                                                // [C, columns]
+  float* transposed = nullptr;
+  float* states = nullptr;  // [heads, K, columns]
 
   Scratch(Arena& arena, const fd_problem& problem) {
     const std::int64_t K = round_up(problem.K, 16), V = round_up(problem.V, 16);

@@ -22,9 +22,9 @@ constexpr std::int64_t kElementsPerThread = 1 << 16;  // elements of states wort
 
 // One thread's memory. `state` is needed only where a sequence may have more than one token.
 struct Scratch {
-  float *q, *k;                          // [K]
-  float *v, *u, *o, *state_k, *state_q;  // [V]
-  float* state;                          // [K, V], or [V, K]
+  float *q = nullptr, *k = nullptr;                                                        // [K]
+  float *v = nullptr, *u = nullptr, *o = nullptr, *state_k = nullptr, *state_q = nullptr;  // [V]
+  float* state = nullptr;                                                                  // [K, V], or [V, K]
 
   Scratch(Arena& arena, const fd_problem& p) {
     const std::int64_t K = round_up(p.K, 16), V = round_up(p.V, 16);
