@@ -50,12 +50,12 @@ std::int64_t most_heads(const fd_problem& p) {
 
 // One thread's memory.
 struct Scratch {
-  float *q = nullptr, *k = nullptr;                                                // [C, K]
-  float* kt = nullptr;                                                             // [K, C]
-  float *kk = nullptr, *qk = nullptr;                                              // [C, C]
-  float *gam = nullptr, *a = nullptr, *p = nullptr;                                // [C, C]
-  float *g = nullptr, *beta = nullptr, *from_start = nullptr, *q_scale = nullptr;  // [C]
-  float *x = nullptr, *o = nullptr;                                                // [C, columns]
+  float *q = nullptr, *k = nullptr;                            // [C, K]
+  float* kt = nullptr;                                         // [K, C]
+  float *kk = nullptr, *qk = nullptr;                          // [C, C]
+  float *gam = nullptr, *a = nullptr, *p = nullptr;            // [C, C]
+  float *g = nullptr, *beta = nullptr, *from_start = nullptr;  // [C]
+  float *x = nullptr, *o = nullptr;                            // [C, columns]
   float* transposed = nullptr;
   float* states = nullptr;  // [heads, K, columns]
 
@@ -65,7 +65,7 @@ struct Scratch {
     k = arena.take<float>(kChunk * K);
     kt = arena.take<float>(K * kChunk);
     for (float** square : {&kk, &qk, &gam, &a, &p}) *square = arena.take<float>(kChunk * kChunk);
-    for (float** vector : {&g, &beta, &from_start, &q_scale}) *vector = arena.take<float>(kChunk);
+    for (float** vector : {&g, &beta, &from_start}) *vector = arena.take<float>(kChunk);
     x = arena.take<float>(kChunk * V);
     o = arena.take<float>(kChunk * V);
     transposed = arena.take<float>(state_scratch(problem));
