@@ -79,7 +79,8 @@ def main() -> int:
     for page, chosen, images in (("README.md", shown, "docs"), ("docs/benchmarks.md", results, ".")):
         text = (ROOT / page).read_text()
         body = "\n\n".join(section(path, result, images) for path, result in chosen.items())
-        written = re.sub(f"{BEGIN}.*{END}", lambda _, body=body: f"{BEGIN}\n\n{body}\n\n{END}", text, flags=re.S)
+        block = f"{BEGIN}\n\n{body}\n\n{END}" if body else f"{BEGIN}\n\n{END}"
+        written = re.sub(f"{BEGIN}.*{END}", lambda _, block=block: block, text, flags=re.S)
         if written == text:
             continue
         if check:

@@ -1,4 +1,4 @@
-"""Checks that this interpreter has the packages of requirements.txt; other versions are named, missing packages are an error."""
+"""Checks that this interpreter has the packages of requirements.txt: a missing one is an error, another version is named."""
 
 import sys
 from importlib import metadata
