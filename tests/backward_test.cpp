@@ -75,6 +75,14 @@ TEST(Backward, ResultsDoNotDependOnTheNumberOfThreads) {
   }
 }
 
+// With so many wide heads at a time, 330 tokens are more than one segment; on one thread they are one.
+TEST(Backward, SegmentsChangeNoBit) {
+  const Case c{.name = "segments", .lengths = {330}, .H = 16, .HV = 16, .K = 256, .V = 512};
+  const Data d = make_data(c, 5);
+  const Results one = backward(c, d, {.backend = FD_BACKEND_CPU, .threads = 1});
+  for (const int threads : {16, 64}) expect_same_bits(backward(c, d, {.backend = FD_BACKEND_CPU, .threads = threads}), one);
+}
+
 TEST(Backward, SequenceAloneEqualsSequenceInPackedBatchBitwise) {
   const Data d = make_data(packed, 3);
   for_each_cpu_target([&](fd_backend backend) {
