@@ -134,7 +134,7 @@ class Operation(NamedTuple):
 
 
 def library_path() -> Path:
-    """The shared library: what FLASHDELTA_LIBRARY names, else beside this file (wheel), else in a checkout's build/release."""
+    """The shared library: what FLASHDELTA_LIBRARY names, else in the package (wheel), else in a checkout's build/release."""
     package = Path(__file__).resolve().parent
     name = "libflashdelta.so"
     if named := os.environ.get("FLASHDELTA_LIBRARY"):

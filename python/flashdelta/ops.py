@@ -32,7 +32,7 @@ _OPTIONS = (
 )
 _GRADIENTS = ", ".join(["Tensor"] * 8)
 
-_library = torch.library.Library("flashdelta", "DEF")
+_library: Any = torch.library.Library("flashdelta", "DEF")  # type: ignore[no-untyped-call]
 
 
 def _define(schema: str, kernel: Any, fake: Any) -> Any:
