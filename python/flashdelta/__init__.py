@@ -6,8 +6,8 @@ Per value head, with state S (K x V), log-gate g_t <= 0 and write strength beta_
     o_t = scale * S_t^T q_t
 
 `chunk_gated_delta_rule` and `fused_recurrent_gated_delta_rule` are called as in flash-linear-attention (FLA 0.6.0);
-`forward`, `forward_`, `step` and `step_` offer everything the library has. Letters: B batch, T tokens, N sequences, H query and key
-heads, HV value heads (a multiple of H), K and V head dims, P rows of a pool of states, S columns of an index.
+`forward`, `forward_`, `step` and `step_` offer everything the library has. Letters: B batch, T tokens, N sequences, H query
+and key heads, HV value heads (a multiple of H), K and V head dims, P rows of a pool of states, S columns of an index.
 """
 
 from __future__ import annotations

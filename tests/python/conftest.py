@@ -1,0 +1,14 @@
+"""Shared settings of the Python tests."""
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("flashdelta", deadline=None, derandomize=True, max_examples=25, database=None)
+settings.load_profile("flashdelta")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test draws the same numbers in any order."""
+    torch.manual_seed(0)
