@@ -4,8 +4,9 @@
     flashdelta.integrations.transformers.enable()
 
 The modeling modules of Qwen3-Next, Qwen3.5, Qwen3.5-MoE and their relatives look three functions up in their own globals
-each time a layer runs: the chunked rule, the recurrent rule and the causal convolution before them. `enable()` puts functions
-of the same signature there, so it works for models made before and after it; `disable()` puts the very same objects back.
+each time a layer runs: the chunked rule, the recurrent rule and the causal convolution before them. `enable()` puts
+functions of the same signature there, so it works for models made before and after it; `disable()` puts the very same
+objects back.
 
 Packed input is kept apart by `cu_seq_lens_q` or `seq_idx`, in the convolution as in the rule. Packing that shows in
 `position_ids` alone never reaches these layers and cannot be seen here. `seq_idx` alone costs a search for its boundaries in
