@@ -11,11 +11,12 @@ from __future__ import annotations
 import inspect
 import time
 
-import flashdelta.integrations.transformers
 import torch
 from torch import Tensor
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 from transformers.models.qwen3_next import modeling_qwen3_next
+
+import flashdelta.integrations.transformers
 
 PROMPT, GENERATED = 512, 16
 

@@ -1,4 +1,5 @@
 import torch
+
 from flashdelta import chunk_gated_delta_rule
 
 B, T, H, HV, K, V = 1, 128, 2, 4, 64, 64

@@ -22,12 +22,13 @@ import sysconfig
 import time
 from dataclasses import dataclass
 
-import flashdelta
 import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
+
+import flashdelta
 
 CONTEXT = 512  # bytes of a training sequence
 BATCH = 8  # training sequences per step

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("fla.backends", reason="FLA 0.6 or later is not installed")
-import flashdelta
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule as fla_chunk
 from fla.ops.gated_delta_rule import naive_recurrent_gated_delta_rule
+
+import flashdelta
 from flashdelta.integrations import fla as integration
 
 
