@@ -16,7 +16,7 @@ struct Device {
   int major, minor;          // compute capability
   std::size_t l2_bytes;      // L2 cache
   std::size_t shared_bytes;  // shared memory one block may have, after opting in
-  char name[128];            // "NVIDIA H200"
+  char name[256];            // "NVIDIA H200"
 };
 
 // Facts of the calling thread's current device, read once per device. Null if there is none; then `error` says why.
