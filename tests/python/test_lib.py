@@ -77,7 +77,11 @@ def test_every_struct_member_of_the_header_is_mirrored() -> None:
 
 
 def test_packed_struct_has_the_size_of_the_ctypes_struct() -> None:
-    for operation, mirror in ((_lib.FORWARD, _lib.ForwardArgs), (_lib.BACKWARD, _lib.BackwardArgs), (_lib.STEP, _lib.StepArgs)):
+    for operation, mirror in (
+        (_lib.FORWARD, _lib.ForwardArgs),
+        (_lib.BACKWARD, _lib.BackwardArgs),
+        (_lib.STEP, _lib.StepArgs),
+    ):
         codes = {_lib.Tensor: (0, bytes(32)), _lib.Index: (0, bytes(16))}
         values = [value for _, ctype in operation.members for value in codes.get(ctype, (0,))]
         assert len(operation.pack(operation.size, 0, *values)) == ctypes.sizeof(mirror)

@@ -4,13 +4,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import error, gated_delta_rule, inputs
 from torch import Tensor
 
 import flashdelta
+from reference import error, gated_delta_rule, inputs
 
 #: limits of the relative L2 error per (sequence, head): forward, backward
-LIMITS = {torch.float32: (5e-6, 5e-5), torch.bfloat16: (2.5e-3, 4e-3), torch.float16: (4e-4, 1e-3), torch.float64: (1e-12, 1e-12)}
+LIMITS = {
+    torch.float32: (5e-6, 5e-5),
+    torch.bfloat16: (2.5e-3, 4e-3),
+    torch.float16: (4e-4, 1e-3),
+    torch.float64: (1e-12, 1e-12),
+}
 
 
 def compare(tensors: tuple[Tensor, ...], dtype: torch.dtype, **options: object) -> None:
@@ -94,7 +99,11 @@ def test_hard_data() -> None:
     q, k, v, g, beta, state = inputs(T=130)
     same = k[:, :1].expand_as(k).contiguous()
     forward = 10 * LIMITS[torch.float32][0]
-    for data in ((q, same, v, g, torch.ones_like(beta)), (q, k, v, torch.full_like(g, -20), beta), (q, k, v, 0 * g, 0 * beta)):
+    for data in (
+        (q, same, v, g, torch.ones_like(beta)),
+        (q, k, v, torch.full_like(g, -20), beta),
+        (q, k, v, 0 * g, 0 * beta),
+    ):
         o, final = flashdelta.forward(*data, initial_state=state, output_final_state=True)
         expected, expected_final = gated_delta_rule(*data, initial_state=state)
         assert error(o, expected, 2) <= forward
@@ -141,7 +150,17 @@ def test_threads_do_not_change_a_bit() -> None:
     seed=st.integers(0, 1000),
 )
 def test_random_shapes(
-    B: int, T: int, H: int, G: int, K: int, V: int, dtype: torch.dtype, gates: torch.dtype, packed: bool, l2norm: bool, seed: int
+    B: int,
+    T: int,
+    H: int,
+    G: int,
+    K: int,
+    V: int,
+    dtype: torch.dtype,
+    gates: torch.dtype,
+    packed: bool,
+    l2norm: bool,
+    seed: int,
 ) -> None:
     N = B
     if packed:
