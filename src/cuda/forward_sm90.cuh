@@ -1,0 +1,600 @@
+// Forward for Hopper: a persistent block takes work items (sequence, value head, block of 64 STATE values) and walks the
+// sequence's chunks of 64 tokens, the state in registers from the first to the last. See docs/kernels.md.
+//
+//   warpgroup 0         producer   one warp each: loads of K and Q; gates; stores of O; loads of V
+//   next STATE          state      S^T, 64 values each: U = S^T K^T, R = (V - e^gam U) T^T, O = S^T Q^T + V' P^T, S += V' K
+//   the others          auxiliary  tiles T and P (chunk.cuh), chunks taken in turn, ahead of the state
+//
+//        K, Q --------------------+---------------+
+//                                 v               v
+//        g, beta -> gates -> auxiliary -> T, P -> state -> O
+//                        +------------------------^
+//        V ---------------------------------------^
+#pragma once
+
+#include "cuda/chunk.cuh"
+#include "cuda/forward_sm90.hpp"
+#include "cuda/ptx_sm90.cuh"
+
+namespace flashdelta::cuda {
+
+constexpr int THREADS = 512;
+
+// A work item as the roles see it.
+struct Item {
+  int sequence;  // -1: no more
+  int value_head, first_value;
+  int tokens;  // of the sequence
+  int64_t batch, begin;
+  int chunks;
+};
+
+// Barriers, each with its phase bit per stage. Who arrives -> who waits:
+enum Barrier {
+  KQ_FULL,     // copy engine -> state, auxiliary, (norms) gates
+  KQ_FREE,     // state, auxiliary, gates -> loader of K and Q
+  V_FULL,      // copy engine -> state
+  V_FREE,      // state -> loader of V
+  GATES_FULL,  // gates -> state, auxiliary
+  GATES_FREE,  // state, auxiliary -> gates
+  TILES_FULL,  // auxiliary -> state
+  TILES_FREE,  // state -> auxiliary
+  O_FULL,      // state -> storer of O
+  O_FREE,      // storer of O -> state
+  ITEM_FULL,   // loader of K and Q -> every other warp
+  ITEM_FREE,   // every other warp -> loader of K and Q
+  BARRIERS
+};
+constexpr int MAX_STAGES = 4;
+
+template <int STATE>
+struct Shape {
+  static constexpr int AUXILIARY = 3 - STATE;
+  // Stages of each ring.
+  static constexpr int KQ = 4, V = 2, GATES = 4, O = STATE == 1 ? 2 : 1, TILES = STATE == 1 ? 3 : 2, ITEMS = 2;
+  static constexpr int V_BYTES = STATE * CHUNK * VALUES * 2;
+  // Registers per thread; they sum to at most 512.
+  static constexpr int PRODUCER_REGISTERS = STATE == 1 ? 56 : 40, STATE_REGISTERS = STATE == 1 ? 216 : 192,
+                       AUXILIARY_REGISTERS = STATE == 1 ? 120 : 88;
+  static_assert(PRODUCER_REGISTERS + STATE * STATE_REGISTERS + AUXILIARY * AUXILIARY_REGISTERS <= 512);
+};
+
+template <int STATE>
+struct alignas(1024) SharedMemory {
+  using S = Shape<STATE>;
+  uint8_t k[S::KQ][CHUNK * KEYS * 2];  // two halves of 64 columns, each [64][64] swizzled
+  uint8_t q[S::KQ][CHUNK * KEYS * 2];
+  uint8_t v[S::V][S::V_BYTES];  // [STATE][64 tokens][64 values]
+  uint8_t o[S::O][S::V_BYTES];
+  uint8_t t[S::TILES][CHUNK * CHUNK * 2];
+  uint8_t p[S::TILES][CHUNK * CHUNK * 2];
+  uint8_t inverses[S::AUXILIARY][4 * INVERSE_BYTES];  // scratch of make_tiles
+  ChunkGates gates[S::GATES];
+  Item items[S::ITEMS];
+  uint64_t barriers[BARRIERS][MAX_STAGES];
+};
+
+// A place in a ring of stages, and how often the ring has been passed (mod 2).
+struct Ring {
+  int stage = 0;
+  uint32_t parity = 0;
+  template <int STAGES>
+  __device__ __forceinline__ void next() {
+    if (++stage == STAGES) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+// Place number `count` of a ring: for roles that are short of registers.
+template <int STAGES>
+__device__ __forceinline__ Ring ring_at(uint32_t count) {
+  return {static_cast<int>(count % STAGES), count / STAGES & 1};
+}
+
+static_assert(sizeof(SharedMemory<1>) <= 227 * 1024 && sizeof(SharedMemory<2>) <= 227 * 1024);
+
+template <int STATE>
+__device__ __forceinline__ uint32_t barrier_address(SharedMemory<STATE>& shared, Barrier barrier, int stage) {
+  return shared_address(&shared.barriers[barrier][stage]);
+}
+template <int STATE>
+__device__ __forceinline__ void wait_full(SharedMemory<STATE>& shared, Barrier barrier, const Ring& ring) {
+  barrier_wait(barrier_address(shared, barrier, ring.stage), ring.parity);
+}
+template <int STATE>
+__device__ __forceinline__ void wait_free(SharedMemory<STATE>& shared, Barrier barrier, const Ring& ring) {
+  barrier_wait(barrier_address(shared, barrier, ring.stage), ring.parity ^ 1);
+}
+// One arrival per warp, after all its lanes came here.
+template <int STATE>
+__device__ __forceinline__ void arrive(SharedMemory<STATE>& shared, Barrier barrier, const Ring& ring, int lane) {
+  __syncwarp();
+  if (lane == 0) barrier_arrive(barrier_address(shared, barrier, ring.stage));
+}
+
+// The next item, for every warp but the one that hands them out.
+template <int STATE>
+__device__ __forceinline__ Item take_item(SharedMemory<STATE>& shared, Ring& ring, int lane) {
+  wait_full(shared, ITEM_FULL, ring);
+  const Item item = shared.items[ring.stage];
+  arrive(shared, ITEM_FREE, ring, lane);
+  ring.template next<Shape<STATE>::ITEMS>();
+  return item;
+}
+
+// Coordinates of token `token` of an item in the tensor maps: packed sequences are ragged, so that the copy engine fills
+// with zeros, or skips in a store, what lies past the sequence's end.
+struct Place {
+  int token, third, fourth;
+};
+__device__ __forceinline__ Place place(const ForwardParameters& p, const Item& item, int token) {
+  if (p.sequences.cu_seqlens == nullptr) return {token, static_cast<int>(item.batch), 0};
+  return {RAGGED - item.tokens + token, static_cast<int>(item.begin) + item.tokens, RAGGED};
+}
+
+// Warp 0, one lane: hands out items, loads K and Q.
+template <int STATE>
+__device__ __forceinline__ void load_keys(const ForwardParameters& p, SharedMemory<STATE>& shared) {
+  Ring ring, items;
+  int index = blockIdx.x;
+  const int group = p.value_heads / p.heads;
+  while (true) {
+    Item item = {};
+    item.sequence = -1;
+    if (index < p.items) {
+      const int per_sequence = p.value_heads * p.value_blocks;
+      const int n = index / per_sequence, rest = index % per_sequence;
+      item.sequence = p.order == nullptr ? n : p.order[n];
+      item.value_head = rest / p.value_blocks;
+      item.first_value = rest % p.value_blocks * (STATE * VALUES);
+      const TokenRange range = p.sequences[item.sequence];
+      item.batch = range.batch;
+      item.begin = range.begin;
+      item.tokens = static_cast<int>(range.end - range.begin);
+      item.chunks = (item.tokens + CHUNK - 1) / CHUNK;
+    }
+    wait_free(shared, ITEM_FREE, items);
+    shared.items[items.stage] = item;
+    barrier_arrive(barrier_address(shared, ITEM_FULL, items.stage));
+    items.next<Shape<STATE>::ITEMS>();
+    if (item.sequence < 0) break;
+    const int head = item.value_head / group;
+    for (int c = 0; c < item.chunks; ++c) {
+      wait_free(shared, KQ_FREE, ring);
+      const uint32_t full = barrier_address(shared, KQ_FULL, ring.stage);
+      barrier_arrive_expect(full, 2 * CHUNK * KEYS * 2);
+      const Place at = place(p, item, c * CHUNK);
+      const uint32_t k = shared_address(shared.k[ring.stage]), q = shared_address(shared.q[ring.stage]);
+      tensor_load(k, &p.k, full, 0, at.token, head, at.third, at.fourth);
+      tensor_load(k + 8192, &p.k, full, 64, at.token, head, at.third, at.fourth);
+      tensor_load(q, &p.q, full, 0, at.token, head, at.third, at.fourth);
+      tensor_load(q + 8192, &p.q, full, 64, at.token, head, at.third, at.fourth);
+      ring.next<Shape<STATE>::KQ>();
+    }
+    index = static_cast<int>(gridDim.x + (p.next_item == nullptr ? index : atomicAdd(p.next_item, 1u)));
+  }
+}
+
+// Warp 3: loads V.
+template <int STATE>
+__device__ __forceinline__ void load_values(const ForwardParameters& p, SharedMemory<STATE>& shared, int lane) {
+  Ring ring, items;
+  for (Item item = take_item(shared, items, lane); item.sequence >= 0; item = take_item(shared, items, lane)) {
+    if (lane != 0) continue;
+    for (int c = 0; c < item.chunks; ++c) {
+      wait_free(shared, V_FREE, ring);
+      const uint32_t full = barrier_address(shared, V_FULL, ring.stage);
+      barrier_arrive_expect(full, Shape<STATE>::V_BYTES);
+      const Place at = place(p, item, c * CHUNK);
+#pragma unroll
+      for (int w = 0; w < STATE; ++w) {
+        tensor_load(shared_address(shared.v[ring.stage]) + w * 8192, &p.v, full, item.first_value + w * VALUES, at.token,
+                    item.value_head, at.third, at.fourth);
+      }
+      ring.next<Shape<STATE>::V>();
+    }
+  }
+}
+
+// Warp 2: stores O.
+template <int STATE>
+__device__ __forceinline__ void store_outputs(const ForwardParameters& p, SharedMemory<STATE>& shared, int lane) {
+  Ring ring, items;
+  for (Item item = take_item(shared, items, lane); item.sequence >= 0; item = take_item(shared, items, lane)) {
+    if (lane != 0) continue;
+    for (int c = 0; c < item.chunks; ++c) {
+      wait_full(shared, O_FULL, ring);
+      const Place at = place(p, item, c * CHUNK);
+#pragma unroll
+      for (int w = 0; w < STATE; ++w) {
+        tensor_store(&p.o, shared_address(shared.o[ring.stage]) + w * 8192, item.first_value + w * VALUES, at.token,
+                     item.value_head, at.third, at.fourth);
+      }
+      stores_commit();
+      stores_wait_read<0>();
+      barrier_arrive(barrier_address(shared, O_FREE, ring.stage));
+      ring.next<Shape<STATE>::O>();
+    }
+  }
+  if (lane == 0) stores_wait();
+}
+
+// 1 / sqrt(sum of squares + eps) of rows `lane` and `lane + 32` of a tile of 64 x 128.
+template <typename T>
+__device__ __forceinline__ float2 inverse_norms(uint32_t tile, float eps, int lane) {
+  float sum[2] = {0.0f, 0.0f};
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+#pragma unroll 4
+    for (int i = 0; i < 16; ++i) {
+      const float4 x = load_shared_float4(tile + (i / 8) * 8192 + swizzled(lane + 32 * r, i % 8));
+      const float word[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float2 y = unpack<T>(__float_as_uint(word[j]));
+        sum[r] = fmaf(y.x, y.x, fmaf(y.y, y.y, sum[r]));
+      }
+    }
+  }
+  return {rsqrtf(sum[0] + eps), rsqrtf(sum[1] + eps)};
+}
+
+// Warp 1: everything that a chunk's tokens bring besides q, k, v. Lane l has tokens l and l + 32.
+template <typename T, int STATE, bool NORM>
+__device__ __forceinline__ void make_gates(const ForwardParameters& p, SharedMemory<STATE>& shared, int lane) {
+  constexpr float LOG2E = 1.44269504088896341f;
+  constexpr float FACTORED_BOUND = 64.0f;  // log2 of the chunk's decay up to which e^-gam is harmless
+  Ring items;
+  uint32_t count = 0;  // chunks so far
+  while (true) {
+    wait_full(shared, ITEM_FULL, items);
+    const Item& item = shared.items[items.stage];  // read again where needed: registers are short
+    if (item.sequence < 0) break;
+    for (int c = 0; c < item.chunks; ++c, ++count) {
+      const Ring ring = ring_at<Shape<STATE>::GATES>(count), keys = ring_at<Shape<STATE>::KQ>(count);
+      float g[2], beta[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int token = c * CHUNK + lane + 32 * i;
+        const bool inside = token < item.tokens;
+        g[i] = inside ? p.gates.log_decay(item.batch, item.begin + token, item.value_head) * LOG2E : 0.0f;
+        beta[i] = inside ? p.gates.write_strength(item.batch, item.begin + token, item.value_head) : 0.0f;
+      }
+      // -inf decays become finite, so that no difference of two is NaN; a NaN stays.
+#pragma unroll
+      for (int i = 0; i < 2; ++i) g[i] = g[i] < -1e4f ? -1e4f : g[i];
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+        const float a = __shfl_up_sync(~0u, g[0], step), b = __shfl_up_sync(~0u, g[1], step);
+        if (lane >= step) {
+          g[0] += a;
+          g[1] += b;
+        }
+      }
+      g[1] += __shfl_sync(~0u, g[0], 31);
+      const float total = __shfl_sync(~0u, g[1], 31);
+      float2 nk = {1.0f, 1.0f}, nq = {1.0f, 1.0f};
+      if constexpr (NORM) {
+        wait_full(shared, KQ_FULL, keys);
+        nk = inverse_norms<T>(shared_address(shared.k[keys.stage]), p.l2norm_eps, lane);
+        nq = inverse_norms<T>(shared_address(shared.q[keys.stage]), p.l2norm_eps, lane);
+        arrive(shared, KQ_FREE, keys, lane);
+      }
+      wait_free(shared, GATES_FREE, ring);
+      ChunkGates& out = shared.gates[ring.stage];
+      const bool factored = total > -FACTORED_BOUND;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int t = lane + 32 * i;
+        const float key = i == 0 ? nk.x : nk.y, query = p.scale * (i == 0 ? nq.x : nq.y);
+        const float rise = exp2_fast(g[i]), fall = factored ? exp2_fast(-g[i]) : 1.0f;
+        out.read[t] = rise * key;
+        out.output[t] = rise * query;
+        out.strength[t] = beta[i];
+        out.write[t] = beta[i] * exp2_fast(total - g[i]) * key;
+        out.column[t] = beta[i] * key;
+        out.row[t] = key;
+        out.gam[t] = g[i];
+        out.rise[t] = rise;
+        out.fall[t] = fall;
+        out.fall_key[t] = fall * key;
+        out.query[t] = query;
+      }
+      if (lane == 0) {
+        out.decay = exp2_fast(total);
+        out.factored = factored;
+      }
+      arrive(shared, GATES_FULL, ring, lane);
+    }
+    arrive(shared, ITEM_FREE, items, lane);
+    items.next<Shape<STATE>::ITEMS>();
+  }
+}
+
+// An auxiliary warpgroup: the tiles of chunks `turn`, `turn + AUXILIARY`, ... of all chunks of the block.
+template <typename T, int STATE, bool NORM>
+__device__ __forceinline__ void make_all_tiles(SharedMemory<STATE>& shared, int turn, int warp, int lane) {
+  using S = Shape<STATE>;
+  uint32_t item_count = 0;
+  uint32_t count = 0;  // chunks so far
+  while (true) {
+    const Ring items = ring_at<S::ITEMS>(item_count++);
+    wait_full(shared, ITEM_FULL, items);
+    const int chunks = shared.items[items.stage].sequence >= 0 ? shared.items[items.stage].chunks : -1;
+    arrive(shared, ITEM_FREE, items, lane);
+    if (chunks < 0) break;
+    for (const uint32_t end = count + static_cast<uint32_t>(chunks); count != end; ++count) {
+      if (S::AUXILIARY == 1 || count % S::AUXILIARY == static_cast<uint32_t>(turn)) {
+        const Ring keys = ring_at<S::KQ>(count), gates = ring_at<S::GATES>(count), tiles = ring_at<S::TILES>(count);
+        wait_full(shared, KQ_FULL, keys);
+        wait_full(shared, GATES_FULL, gates);
+        wait_free(shared, TILES_FREE, tiles);
+        make_tiles<T, NORM>(shared_address(shared.k[keys.stage]), shared_address(shared.q[keys.stage]),
+                            shared_address(shared.t[tiles.stage]), shared_address(shared.p[tiles.stage]),
+                            shared_address(shared.inverses[turn]), shared.gates[gates.stage], 1 + turn, warp, lane);
+        arrive(shared, KQ_FREE, keys, lane);
+        arrive(shared, GATES_FREE, gates, lane);
+        arrive(shared, TILES_FULL, tiles, lane);
+      }
+    }
+  }
+}
+
+// Where a state's element (key, value) lies in its row of a pool.
+struct StateLayout {
+  int64_t base, key, value;
+};
+__device__ __forceinline__ StateLayout state_layout(const ForwardParameters& p, const Pool& pool, int64_t row,
+                                                    int value_head) {
+  const int64_t base = row * pool.states.stride[0] + value_head * pool.states.stride[1];
+  return p.state_v_first != 0 ? StateLayout{base, pool.states.stride[3], pool.states.stride[2]}
+                              : StateLayout{base, pool.states.stride[2], pool.states.stride[3]};
+}
+
+// S^T in accumulator layout: register 4 j + 2 h + e has value `value` + 8 h of the item, key 8 j + `key` + e.
+__device__ __forceinline__ void load_state(const ForwardParameters& p, const Item& item, float (&s)[64], int value,
+                                           int key) {
+  const int64_t row = p.initial.row(item.sequence, 0);
+#pragma unroll
+  for (int i = 0; i < 64; ++i) s[i] = 0.0f;
+  if (row < 0) return;
+  const StateLayout at = state_layout(p, p.initial, row, item.value_head);
+  const int64_t first = at.base + (item.first_value + value) * at.value + key * at.key;
+#pragma unroll
+  for (int i = 0; i < 64; ++i) {
+    s[i] = p.initial.states[first + (8 * (i / 4) + (i & 1)) * at.key + ((i & 2) * 4) * at.value];
+  }
+}
+__device__ __forceinline__ void store_state(const ForwardParameters& p, const Pool& pool, int64_t row, const Item& item,
+                                            const float (&s)[64], int value, int key) {
+  if (row < 0) return;
+  const StateLayout at = state_layout(p, pool, row, item.value_head);
+  const int64_t first = at.base + (item.first_value + value) * at.value + key * at.key;
+#pragma unroll
+  for (int i = 0; i < 64; ++i) {
+    store_element(pool.states.data, pool.states.type, first + (8 * (i / 4) + (i & 1)) * at.key + ((i & 2) * 4) * at.value,
+                  s[i]);
+  }
+}
+
+// A state warpgroup: values 64 `turn`.. of the item.
+template <typename T, int STATE>
+__device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemory<STATE>& shared, int turn, int warp,
+                                          int lane) {
+  using S = Shape<STATE>;
+  Ring items;
+  uint32_t count = 0;  // chunks so far
+  const int column = 2 * (lane & 3);
+  // The lane's row and 16-byte block in a transposing load or store of 16 tokens x 16 values.
+  const int token = (lane & 7) + 8 * (lane >> 4), block = 2 * warp + ((lane >> 3) & 1);
+  float s[64];
+  while (true) {
+    wait_full(shared, ITEM_FULL, items);
+    const Item& item = shared.items[items.stage];  // read again where needed: registers are short
+    if (item.sequence < 0) break;
+    load_state(p, item, s, turn * VALUES + 16 * warp + (lane >> 2), column);
+    uint32_t a[32];  // S^T rounded: operand of U and O
+#pragma unroll
+    for (int i = 0; i < 32; ++i) a[i] = pack<T>(s[2 * i], s[2 * i + 1]);
+
+    const int chunks = item.chunks;
+    for (int c = 0; c < chunks; ++c, ++count) {
+      const Ring keys = ring_at<S::KQ>(count), values = ring_at<S::V>(count), gate_ring = ring_at<S::GATES>(count),
+                 outputs = ring_at<S::O>(count), tiles = ring_at<S::TILES>(count);
+      float u[32], o[32];
+      wait_full(shared, KQ_FULL, keys);
+      const uint32_t tile_k = shared_address(shared.k[keys.stage]), tile_q = shared_address(shared.q[keys.stage]);
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        const uint64_t b = matrix_descriptor(tile_k + (k / 4) * 8192 + (k % 4) * 32, 16);
+        if (k == 0) {
+          wgmma<T, true, 0>(u, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3], b);
+        } else {
+          wgmma<T, false, 0>(u, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3], b);
+        }
+      }
+      wgmma_commit();
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        const uint64_t b = matrix_descriptor(tile_q + (k / 4) * 8192 + (k % 4) * 32, 16);
+        if (k == 0) {
+          wgmma<T, true, 0>(o, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3], b);
+        } else {
+          wgmma<T, false, 0>(o, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3], b);
+        }
+      }
+      wgmma_commit();
+
+      wait_full(shared, GATES_FULL, gate_ring);
+      const ChunkGates& gates = shared.gates[gate_ring.stage];
+      wait_full(shared, V_FULL, values);
+      const uint32_t tile_v = shared_address(shared.v[values.stage]) + turn * 8192;
+      const float decay = gates.decay;
+#pragma unroll
+      for (int i = 0; i < 64; ++i) s[i] *= decay;
+      // With one state warpgroup U goes on while Q S is still computed; with two, the other one fills the tensor cores, and
+      // the registers of the operand are free sooner.
+      wgmma_wait<STATE == 1 ? 1 : 0>();
+      accumulators_ready(u);
+      uint32_t x[16];  // V - e^gam U, later V'
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        uint32_t v[4];
+        load_matrices_transposed(v, tile_v + swizzled(16 * i + token, block));
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float2 f = *reinterpret_cast<const float2*>(&gates.read[16 * i + 8 * h + column]);
+          const float2 v0 = unpack<T>(v[2 * h]), v1 = unpack<T>(v[2 * h + 1]);
+          const float* y = u + 8 * i + 4 * h;
+          x[4 * i + 2 * h] = pack<T>(v0.x - f.x * y[0], v0.y - f.y * y[1]);
+          x[4 * i + 2 * h + 1] = pack<T>(v1.x - f.x * y[2], v1.y - f.y * y[3]);
+        }
+      }
+      arrive(shared, V_FREE, values, lane);
+
+      wait_full(shared, TILES_FULL, tiles);
+      const uint32_t tile_t = shared_address(shared.t[tiles.stage]), tile_p = shared_address(shared.p[tiles.stage]);
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const uint64_t b = matrix_descriptor(tile_t + k * 2048, 8192);
+        if (k == 0) {
+          wgmma<T, true, 1>(u, x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3], b);
+        } else {
+          wgmma<T, false, 1>(u, x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3], b);
+        }
+      }
+      wgmma_commit();
+      wgmma_wait<0>();
+      accumulators_ready(u);
+      accumulators_ready(o);
+      uint32_t w[16];  // V' decayed to the chunk's end
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const float2 f = *reinterpret_cast<const float2*>(&gates.write[8 * j + column]);
+        w[2 * j] = pack<T>(f.x * u[4 * j], f.y * u[4 * j + 1]);
+        w[2 * j + 1] = pack<T>(f.x * u[4 * j + 2], f.y * u[4 * j + 3]);
+      }
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        wgmma<T, false, 1>(s, w[4 * k], w[4 * k + 1], w[4 * k + 2], w[4 * k + 3],
+                           matrix_descriptor(tile_k + k * 2048, 8192));
+      }
+      wgmma_commit();
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const float2 f = *reinterpret_cast<const float2*>(&gates.strength[8 * j + column]);
+        x[2 * j] = pack<T>(f.x * u[4 * j], f.y * u[4 * j + 1]);
+        x[2 * j + 1] = pack<T>(f.x * u[4 * j + 2], f.y * u[4 * j + 3]);
+        const float2 q = *reinterpret_cast<const float2*>(&gates.output[8 * j + column]);
+        o[4 * j] *= q.x;
+        o[4 * j + 1] *= q.y;
+        o[4 * j + 2] *= q.x;
+        o[4 * j + 3] *= q.y;
+      }
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        wgmma<T, false, 0>(o, x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3], matrix_descriptor(tile_p + k * 32, 16));
+      }
+      wgmma_commit();
+      wgmma_wait<1>();
+      accumulators_ready(s);
+      arrive(shared, KQ_FREE, keys, lane);
+      arrive(shared, GATES_FREE, gate_ring, lane);
+#pragma unroll
+      for (int i = 0; i < 32; ++i) a[i] = pack<T>(s[2 * i], s[2 * i + 1]);
+      wait_free(shared, O_FREE, outputs);
+      wgmma_wait<0>();
+      accumulators_ready(o);
+      arrive(shared, TILES_FREE, tiles, lane);
+      const uint32_t tile_o = shared_address(shared.o[outputs.stage]) + turn * 8192;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* y = o + 8 * i;
+        store_matrices_transposed(tile_o + swizzled(16 * i + token, block), pack<T>(y[0], y[1]), pack<T>(y[2], y[3]),
+                                  pack<T>(y[4], y[5]), pack<T>(y[6], y[7]));
+      }
+      fence_async_shared();
+      arrive(shared, O_FULL, outputs, lane);
+
+      if (p.checkpoint_interval != 0) {
+        const int64_t done = static_cast<int64_t>(c + 1) * CHUNK;
+        if (done <= item.tokens && done % p.checkpoint_interval == 0) {
+          const int64_t row = p.checkpoints.row(item.sequence, done / p.checkpoint_interval - 1);
+          store_state(p, p.checkpoints, row, item, s, turn * VALUES + 16 * warp + (lane >> 2), column);
+        }
+      }
+    }
+    store_state(p, p.final, p.final.row(item.sequence, 0), item, s, turn * VALUES + 16 * warp + (lane >> 2), column);
+    arrive(shared, ITEM_FREE, items, lane);
+    items.next<S::ITEMS>();
+  }
+}
+
+// Zeros in the rows of o that belong to no sequence, by the auxiliary warpgroups of all blocks; `thread` counts theirs.
+template <int STATE>
+__device__ __forceinline__ void clear_padding(const ForwardParameters& p, int thread) {
+  if (p.sequences.cu_seqlens == nullptr) return;
+  constexpr int THREADS_PER_BLOCK = Shape<STATE>::AUXILIARY * 128, PIECE = 8;  // 16 bytes
+  const int values = p.value_blocks * STATE * VALUES;
+  const int64_t first = p.sequences.used_tokens(), pieces = static_cast<int64_t>(p.value_heads) * values / PIECE;
+  const int64_t total = (p.sequences.T - first) * pieces, step = static_cast<int64_t>(gridDim.x) * THREADS_PER_BLOCK;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS_PER_BLOCK + thread; i < total; i += step) {
+    const int64_t piece = i % pieces, head = piece / (values / PIECE), value = piece % (values / PIECE) * PIECE;
+    const int64_t at = p.output.at(0, first + i / pieces, head) + value;
+    *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.output.data) + at) = make_uint4(0, 0, 0, 0);
+  }
+}
+
+template <typename T, int STATE, bool NORM>
+__global__ void __launch_bounds__(THREADS, 1) forward_kernel(const __grid_constant__ ForwardParameters p) {
+  using S = Shape<STATE>;
+  extern __shared__ __align__(1024) uint8_t raw[];
+  auto& shared = *reinterpret_cast<SharedMemory<STATE>*>(raw);
+  const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
+  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 % 4, 0), lane = static_cast<int>(threadIdx.x) % 32;
+
+  if (threadIdx.x == 0) {
+    constexpr int state = 4 * STATE, auxiliary = 4;
+    const int arrivals[BARRIERS] = {
+        1, state + auxiliary + (NORM ? 1 : 0), 1, state, 1, state + auxiliary, auxiliary, state, state, 1, 1, 15};
+    for (int b = 0; b < BARRIERS; ++b) {
+      for (int i = 0; i < MAX_STAGES; ++i) barrier_init(shared_address(&shared.barriers[b][i]), arrivals[b]);
+    }
+    barrier_init_fence();
+    fence_async_shared();
+  }
+  __syncthreads();
+  wait_for_earlier_kernels();
+
+  if (warpgroup == 0) {
+    fewer_registers<S::PRODUCER_REGISTERS>();
+    if (warp == 0) {
+      if (lane == 0) load_keys(p, shared);
+    } else if (warp == 1) {
+      make_gates<T, STATE, NORM>(p, shared, lane);
+    } else if (warp == 2) {
+      store_outputs(p, shared, lane);
+    } else {
+      load_values(p, shared, lane);
+    }
+  } else if (warpgroup <= STATE) {
+    more_registers<S::STATE_REGISTERS>();
+    run_state<T>(p, shared, warpgroup - 1, warp, lane);
+  } else {
+    if constexpr (S::AUXILIARY_REGISTERS <= 128) {
+      fewer_registers<S::AUXILIARY_REGISTERS>();
+    } else {
+      more_registers<S::AUXILIARY_REGISTERS>();
+    }
+    make_all_tiles<T, STATE, NORM>(shared, S::AUXILIARY == 1 ? 0 : warpgroup - 1 - STATE, warp, lane);
+    clear_padding<STATE>(p, static_cast<int>(threadIdx.x) - (1 + STATE) * 128);
+  }
+}
+
+}  // namespace flashdelta::cuda

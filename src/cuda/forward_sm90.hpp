@@ -1,0 +1,34 @@
+// What the Hopper forward kernel is given, and how to launch it.
+#pragma once
+
+#include <cuda.h>
+
+#include "cuda/device.hpp"
+#include "cuda/inputs.cuh"
+#include "cuda/ptx.cuh"
+
+namespace flashdelta::cuda {
+
+constexpr int KEYS = 128;        // K
+constexpr int VALUES = 64;       // values of one state warpgroup
+constexpr int RAGGED = 1 << 30;  // see tensor_map in backend_sm90.cu
+
+struct ForwardParameters {
+  CUtensorMap q, k, v, o;
+  View output;  // o again, for its rows past the last sequence
+  Gates gates;
+  Sequences sequences;
+  Pool initial, final, checkpoints;
+  const int* order;         // [N] sequences, longest first; null: as they come
+  unsigned int* next_item;  // null: items are dealt out in turn
+  int64_t checkpoint_interval;
+  int heads, value_heads, value_blocks, items;
+  int state_v_first;
+  float scale, l2norm_eps;
+};
+
+// Launches the kernel whose blocks take 64 * `state_warpgroups` (1 or 2) values of a head.
+fd_status launch_forward(const ForwardParameters&, int state_warpgroups, bool bfloat16, bool l2norm, dim3 grid,
+                         void* stream);
+
+}  // namespace flashdelta::cuda
