@@ -77,7 +77,9 @@ struct UnitPlan {
   UnitPlan(const BackwardShape& s, std::int64_t units, std::int64_t tokens, bool is_split) : count(units), split(is_split) {
     const std::int64_t all = std::max<std::int64_t>(1, chunks_of(tokens));
     const std::int64_t floats = s.state() + C * s.width + (split ? Partial::size(s) : 0);
-    const std::int64_t room = std::max(kLeastChunks, kStoredFloats / std::max<std::int64_t>(1, count * floats));
+    // Below the root of all chunks, the states at the segments' starts would take more than a segment does.
+    const auto root = static_cast<std::int64_t>(std::sqrt(static_cast<double>(all)));
+    const std::int64_t room = std::max({kLeastChunks, root, kStoredFloats / std::max<std::int64_t>(1, count * floats)});
     segments = (all + room - 1) / room;
     chunks = (all + segments - 1) / segments;
     Arena counted;
@@ -119,7 +121,8 @@ struct Layout {
 
   Layout(const fd_problem& p, void* memory)
       : shape(p),
-        workers(p.threads),
+        workers(std::clamp<std::int64_t>(p.N * p.H * (may_split(p) ? std::max(shape.units(), chunks_of(p.T)) : 1), 1,
+                                         p.threads)),
         whole(shape, std::clamp<std::int64_t>(p.N * p.H, 1, p.threads) * shape.units(), p.T, false),
         split(shape, may_split(p) ? split_sequences(p, shape) * p.H * shape.units() : 0, p.T, true),
         slots(p.B == 1 ? p.T / C + p.N : p.N * chunks_of(p.T)) {
@@ -338,7 +341,7 @@ class Backward {
       return units_of(layout_.order[begin + i / per_sequence], i % per_sequence / shape_.units(), unit, unit + 1,
                       layout_.split, i);
     };
-#pragma omp parallel num_threads(p_.threads)
+#pragma omp parallel num_threads(static_cast <int>(layout_.workers))
     {
       Worker w = worker();
 #pragma omp for schedule(dynamic)
