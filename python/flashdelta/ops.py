@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 from . import _lib, _plan
 from ._plan import Options
@@ -259,13 +260,20 @@ def _fake_forward_train(
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = (q, k, v, g, beta, A_log, dt_bias, cu_seqlens, initial_state)
     o, final_state = _fake_forward(*inputs, None, output_final_state, *options)
-    if recompute:
-        saved: Any = 0
-    elif all(type(n) is int for t in inputs if t is not None for n in t.shape):
-        saved = _lib.saved_bytes(_plan.problem_of(inputs, options))
-    else:  # the library alone knows the size, and only for given shapes
-        saved = torch.library.get_ctx().new_dynamic_size()
+    saved: Any = 0
+    if not recompute:
+        saved = _fake_saved(inputs, options)
     return o, final_state, q.new_empty((saved,), dtype=torch.uint8)
+
+
+def _fake_saved(inputs: tuple[MaybeTensor, ...], options: tuple[Any, ...]) -> Any:
+    """Bytes of `saved`. The library alone knows them, and only for given sizes: for symbolic ones a new symbol."""
+    if not all(type(n) is int for t in inputs if t is not None for n in t.shape):
+        try:
+            return torch.library.get_ctx().new_dynamic_size()
+        except DynamicOutputShapeException:  # older versions of torch: compile for these sizes alone
+            pass
+    return _lib.saved_bytes(_plan.problem_of(inputs, options))
 
 
 def _fake_in_place(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
