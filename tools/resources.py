@@ -24,14 +24,20 @@ SHARED = re.compile(r"(\d+) bytes smem")
 SLOW = re.compile(r".*\(C75\d\d\).*|.*[Pp]otential [Pp]erformance [Ll]oss.*")
 
 
+def plain(name: str) -> str:
+    """A mangled name with its anonymous namespaces, which carry a hash of their file's path, as other compilers mangle them."""
+    while match := re.search(r"(\d+)(_GLOBAL__N__)", name):
+        name = name[: match.start()] + "12_GLOBAL__N_1" + name[match.start(2) + int(match[1]) :]
+    return name
+
+
 def parse(log: str) -> tuple[dict[str, dict[str, int]], list[str]]:
     """Kernel and architecture -> registers, static shared memory, stack and spill bytes; and ptxas's notes of slow code."""
     kernels: dict[str, dict[str, int]] = {}
     current: dict[str, int] = {}
     for line in log.splitlines():
         if match := ENTRY.search(line):
-            # Kernels of an anonymous namespace carry a hash of their file's path: not part of the name.
-            name = re.sub(r"_GLOBAL__N__[0-9a-f]+_\d+_(\w+?)_cu_[0-9a-f]+(?:_\d+)?", r"_GLOBAL__N__\1", match[1])
+            name = plain(match[1])
             current = kernels.setdefault(f"{name} {match[2]}", {"registers": 0, "shared": 0, "stack": 0, "spill": 0})
         elif match := SPILLS.search(line):
             current["stack"], current["spill"] = int(match[1]), int(match[2]) + int(match[3])

@@ -43,3 +43,7 @@ def test_spills_serialised_wgmma_and_changes_are_problems() -> None:
     assert len(resources.problems(kernels, [], changed)) == 1
     assert len(resources.problems(kernels, [], {})) == 1
     assert len(resources.problems({}, [], kernels)) == 1
+
+
+def test_names_do_not_depend_on_where_the_source_lies() -> None:
+    assert resources.plain("_ZN2fd39_GLOBAL__N__01234567_7_step_cu_89abcdef4stepEPf") == "_ZN2fd12_GLOBAL__N_14stepEPf"
