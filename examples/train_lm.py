@@ -2,7 +2,7 @@
 """Trains a small byte-level Gated DeltaNet language model on the Python standard library, then runs it.
 
     python examples/train_lm.py                about a minute of training, then prefill and decode
-    python examples/train_lm.py --steps 1000   more of it
+    python examples/train_lm.py --seconds 600  more of it
 
 What it shows: the loss falls; on files the model never saw it needs fewer bits per byte than a byte-bigram model of the same
 training text; a 4,096-byte prompt is read in one call (prefill); 200 bytes are written one at a time from the state that
@@ -36,7 +36,7 @@ from tqdm import tqdm
 import flashdelta
 
 CONTEXT = 512  # bytes of a training sequence
-STEPS = 200  # of training, about a minute on two cores
+FEWEST_STEPS = 80  # of training: a busy machine takes longer, but learns as much
 BATCH = 8  # training sequences per step
 PROMPT = 4096  # bytes of the prompt
 DECODED = 200  # bytes written after it
@@ -169,14 +169,15 @@ class LanguageModel(nn.Module):
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def train_model(model: LanguageModel, text: Tensor, steps: int, autocast: torch.autocast) -> list[float]:
-    """Trains for `steps` steps; returns the loss of each in bits per byte."""
+def train_model(model: LanguageModel, text: Tensor, seconds: float, autocast: torch.autocast) -> list[float]:
+    """Trains for about `seconds`, but at least FEWEST_STEPS steps; returns the loss of each in bits per byte."""
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
     losses: list[float] = []
-    with tqdm(range(steps), "training", unit="step") as bar:
-        for step in bar:
-            rate = min(1.0, (step + 1) / 20) * (0.05 + 0.95 * math.cos(step / steps * math.pi / 2))
+    start = time.perf_counter()
+    with tqdm(total=100, unit="%", bar_format="training {l_bar}{bar}| {elapsed} {postfix}") as bar:
+        while (done := min((time.perf_counter() - start) / seconds, len(losses) / FEWEST_STEPS)) < 1:
+            rate = min(1.0, (len(losses) + 1) / 20) * (0.05 + 0.95 * math.cos(done * math.pi / 2))
             optimizer.param_groups[0]["lr"] = 3e-3 * rate
             at = torch.randint(len(text) - CONTEXT, (BATCH,))
             window = torch.stack([text[i : i + CONTEXT + 1] for i in at]).to(device, torch.long)
@@ -188,7 +189,9 @@ def train_model(model: LanguageModel, text: Tensor, steps: int, autocast: torch.
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             losses.append(loss.item() / math.log(2))
-            bar.set_postfix_str(f"{losses[-1]:.2f} bits per byte")
+            bar.set_postfix_str(f"step {len(losses)}, {losses[-1]:.2f} bits per byte")
+            bar.update(100 * done - bar.n)
+        bar.update(100 - bar.n)
     return losses
 
 
@@ -282,7 +285,7 @@ def save_plot(path: pathlib.Path, losses: list[float], model_bits: float, bigram
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps (default {STEPS})")
+    parser.add_argument("--seconds", type=float, default=60, help="training time (default 60)")
     parser.add_argument(
         "--plot", type=pathlib.Path, default=pathlib.Path("build/train_lm.png"), help="the loss plot to write"
     )
@@ -299,7 +302,7 @@ def main() -> int:
         f"{len(train) / 1e6:.1f} MB text, {parameters / 1e6:.2f} M parameters, {device}, {torch.get_num_threads()} threads"
     )
 
-    losses = train_model(model, train, arguments.steps, autocast)
+    losses = train_model(model, train, arguments.seconds, autocast)
     model.eval()
     tenth = max(1, len(losses) // 10)
     first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
