@@ -258,7 +258,7 @@ class Fuzz {
     const auto small = [](std::int64_t x) { return x < 4096; };
     const std::int64_t sequences = p.N > 0 ? p.N : p.B;
     if (small(sequences) &&
-        sequences * std::max<std::int64_t>(std::max(p.initial_slots, p.final_slots), p.checkpoint_slots) > max_index)
+        static_cast<__int128>(sequences) * std::max({p.initial_slots, p.final_slots, p.checkpoint_slots}) > max_index)
       return false;
     if (sequences >= max_index || p.initial_slots > 8 || p.final_slots > 8 || p.checkpoint_slots > 8) return false;
     for (const Member& m : members_) {

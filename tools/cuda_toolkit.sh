@@ -8,6 +8,7 @@ install() { "$PY" -m pip install --disable-pip-version-check --quiet --no-deps -
 if ! command -v nvcc >/dev/null && [ ! -x /usr/local/cuda/bin/nvcc ] && [ ! -x build/cuda/nvidia/cu13/bin/nvcc ]; then
   echo "setup: nvcc 13.0 from PyPI into build/cuda"
   install nvidia-cuda-nvcc==13.0.* nvidia-cuda-runtime==13.0.* nvidia-nvvm==13.0.* nvidia-cuda-crt==13.0.* nvidia-cuda-cccl==13.0.*
+  ln -s lib build/cuda/nvidia/cu13/lib64  # where nvcc looks
 fi
 if [ -z "${CUTLASS_DIR:-}" ] && [ ! -d build/cuda/cutlass_library/source/include ]; then
   echo "setup: CUTLASS 4.2 headers from PyPI into build/cuda"

@@ -24,6 +24,7 @@ fi
 if [ "$level" = lint ]; then
   need clang-format command -v clang-format
   need clang-tidy command -v clang-tidy
+  need libomp-dev compgen -G '/usr/lib/llvm-*/lib/clang/*/include/omp.h'  # clang's own, for clang-tidy
 fi
 if [ ${#missing[@]} -gt 0 ]; then
   line="apt-get install -y --no-install-recommends ${missing[*]}"
