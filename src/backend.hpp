@@ -37,6 +37,10 @@ struct Backend {
   fd_status (*forward)(const fd_forward_args&, void* workspace, void* stream);
   fd_status (*backward)(const fd_backward_args&, void* workspace, void* stream);
   fd_status (*step)(const fd_step_args&, void* workspace, void* stream);
+
+  // False: its results have never been compared with the reference on the hardware it is for. It then serves only problems
+  // that ask for it by name.
+  bool verified = true;
 };
 
 // Compiled-in backends, best first; the CPU backends are always there.

@@ -194,7 +194,7 @@ const Wrong wrong_calls[] = {
     {"unknown backend", forward, [](Call& c) { c.problem.backend = -3; }, FD_UNSUPPORTED,
      "backend is -3; this version knows"},
     {"backend of another device", forward, [](Call& c) { c.problem.backend = FD_BACKEND_SM90; }, FD_UNSUPPORTED,
-     "none is compiled in for this device and choice"},
+     "none is compiled in for device 0 and backend 4"},
     {"unknown dtype", forward, [](Call& c) { c.problem.dtype = 9; }, FD_UNSUPPORTED,
      "dtype is 9; this version knows 0 to 3"},
     {"unknown index dtype", forward, [](Call& c) { c.problem.index_dtype = 2; }, FD_UNSUPPORTED, "index_dtype is 2"},

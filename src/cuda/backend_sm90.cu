@@ -212,6 +212,7 @@ const Backend sm90_backend = {
     .forward = cuda::forward,
     .backward = cuda::not_here<fd_backward_args>,
     .step = cuda::not_here<fd_step_args>,
+    .verified = false,
 };
 
 }  // namespace flashdelta
