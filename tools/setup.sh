@@ -16,7 +16,11 @@ need() { local package=$1; shift; "$@" >/dev/null 2>&1 || missing+=("$package");
 need g++ command -v g++
 need make command -v make
 need libhwy-dev has_header hwy/highway.h
-if [ -z "$python" ]; then need python3-venv python3 -c 'import ensurepip, venv'; fi
+if [ -z "$python" ]; then
+  need python3-venv python3 -c 'import ensurepip, venv'
+  # torch.compile builds Python extensions.
+  need python3-dev python3 -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))'
+fi
 if [ "$level" != build ]; then
   need libgtest-dev has_header gtest/gtest.h
   need libbenchmark-dev has_header benchmark/benchmark.h
