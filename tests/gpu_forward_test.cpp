@@ -44,6 +44,7 @@ std::vector<Case> sm90_cases() {
     list.push_back(sm90_case("Tokens" + std::to_string(T), {T}, false));
   }
   list.push_back(sm90_case("Batch", {150, 150, 150}, false));
+  list.push_back(sm90_case("BatchWithoutTokens", {0, 0}, false));
   list.push_back(with(packed("Packed"), [](Case& c) { c.padding = 37; }));
   list.push_back(with(packed("PackedInt32"), [](Case& c) { c.index_dtype = FD_INT32; }));
   list.push_back(with(packed("ManyHeads"), [](Case& c) { c.H = 16, c.HV = 64; }));

@@ -75,7 +75,7 @@ fd_status tensor_map(CUtensorMap& map, const char* name, const fd_tensor& tensor
   uint64_t stride[3];
   for (int i = 0; i < 3; ++i) {
     const int64_t bytes = 2 * tensor.stride[i];
-    if (size[i] <= 1) {
+    if (size[i] <= 1 || p.T == 0) {  // never used; without tokens, strides may be 0
       stride[i] = 16;
     } else if (bytes % 16 != 0 || bytes <= 0 || bytes >= int64_t{1} << 34) {
       return refuse(" has stride " + std::to_string(tensor.stride[i]) + " in dimension " + std::to_string(i) +
