@@ -155,7 +155,8 @@ class Call {
   template <typename Query, typename Run>
   Results run(Query query, Run run) {
     std::size_t bytes = 0;
-    require(query(&problem, &bytes) == FD_OK, std::string("workspace query: ") + fd_last_error());
+    const fd_status queried = query(&problem, &bytes);
+    require(queried == FD_OK, std::string("workspace query: ") + fd_last_error());
     Memory workspace(bytes);
     for (auto& [name, t] : tensors_) t.remember();
     for (const Output& output : outputs_) output.tensor->allow_all();
@@ -164,7 +165,8 @@ class Call {
         if (row >= 0) states->tensor->allow_row(row);
       }
     }
-    require(run(workspace) == FD_OK, std::string("the call failed: ") + fd_last_error());
+    const fd_status status = run(workspace);
+    require(status == FD_OK, std::string("the call failed: ") + fd_last_error());
     require(workspace.guards_intact(), "the call wrote outside its workspace");
     for (const auto& [name, t] : tensors_) require(t.intact(), "the call wrote where it must not, at or around " + name);
 
@@ -290,7 +292,7 @@ Results forward(const Case& c, const Data& d, const Setting& setting) {
   args.o = call.output("o", c.dtype, d.v.shape);
   if (c.final_state) call.final_state(args, false);
   if (c.checkpoint_interval > 0) call.checkpoints(args);
-  return call.run_operation(args, fd_forward_workspace, fd_forward);
+  return call.run_operation(args, fd_forward_workspace, setting.forward);
 }
 
 Results step(const Case& c, const Data& d, const Setting& setting) {

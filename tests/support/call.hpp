@@ -33,6 +33,8 @@ struct Setting {
   bool float64 = false;      // every floating-point tensor is fp64, whatever the case says
   bool saved = false;        // backward reuses what the forward call saved
   Remote* remote = nullptr;  // runs on the CUDA device it stands for (forward and step)
+  // What forward() calls: the library, or other code with the same contract.
+  decltype(&fd_forward) forward = fd_forward;
 };
 
 // The definition of correct: the reference backend, with inputs and outputs in fp64.

@@ -1,0 +1,97 @@
+// The Hopper forward on the CPU, without a GPU: src/cuda/backend_sm90.cu and forward_sm90.cu, as they are, compiled against
+// stand-ins for the instructions of ptx_sm90.cuh (tests/emulation/cuda) and for the device, and compared with the reference.
+//
+// What it shows: the algebra of a chunk; the layouts of fragments, swizzled tiles, matrix descriptors and tensor maps,
+// ragged ones included; who arrives at which barrier, in which phase, how often, and that nobody waits for ever, whichever
+// thread goes first; which bytes of the outputs are written; the rounding of every 16-bit operand. What it cannot show:
+// anything asynchronous (copies and matrix multiplications end at once, so a missing wait or fence is not seen), the order
+// of sums inside the tensor cores, approximate functions, registers, speed. tests/gpu_forward_test.cpp runs the same
+// contract on a GPU.
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "tests/emulation/sm90.hpp"
+#include "tests/support/compare.hpp"
+
+namespace flashdelta::testing {
+namespace {
+
+using emulation::hopper;
+using emulation::Schedule;
+
+// Relative L2 error of one (sequence, head) beyond the rounding of what is written: as in gpu_forward_test.cpp.
+constexpr double BFLOAT16_LIMIT = 0.004, FLOAT16_LIMIT = 0.001;
+
+constexpr int FEW_SMS = 2, MANY_SMS = 132;  // all values of a head in one block and a queue of items; 64 values in a block
+
+double limit(const Case& c) { return c.dtype == FD_BFLOAT16 ? BFLOAT16_LIMIT : FLOAT16_LIMIT; }
+
+Case emulated_case(std::vector<std::int64_t> lengths, bool packed = true) {
+  Case c;
+  c.lengths = std::move(lengths);
+  c.packed = packed;
+  c.H = 1;
+  c.HV = 2;
+  c.K = c.V = 128;
+  c.dtype = FD_BFLOAT16;
+  return c;
+}
+
+Results emulated(const Case& c, const Data& d, int sm_count, Schedule schedule = Schedule::forward) {
+  hopper = {sm_count, schedule};
+  return forward(c, d, {.backend = FD_BACKEND_REFERENCE, .forward = emulation::forward});
+}
+
+std::vector<Case> emulated_cases() {
+  std::vector<Case> list;
+  const auto add = [&](const char* name, Case c, auto change) {
+    c.name = name;
+    change(c);
+    list.push_back(c);
+  };
+  const Case edges = emulated_case({130, 0, 1, 63, 65}), two = emulated_case({100, 70});
+  add("Edges", edges, [](Case& c) { c.padding = 5, c.H = 2; });
+  add("Batch", emulated_case({70, 70}, false), [](Case& c) { c.index_dtype = FD_INT32; });
+  add("NoTokens", emulated_case({0, 0}, false), [](Case&) {});
+  add("Long", emulated_case({600}), [](Case& c) { c.HV = 1; });
+  add("CorrelatedKeys", emulated_case({200}), [](Case& c) { c.keys = Keys::correlated, c.strengths = Strengths::full; });
+  add("IdenticalKeys", emulated_case({200}), [](Case& c) { c.keys = Keys::identical, c.strengths = Strengths::full; });
+  add("StrongDecay", two, [](Case& c) { c.gates = Gates::strong; });
+  add("MixedDecay", two, [](Case& c) { c.gates = Gates::mixed, c.HV = 4; });
+  add("NoGatesNoStrengths", two, [](Case& c) { c.gates = Gates::none, c.strengths = Strengths::none; });
+  add("Float16", two, [](Case& c) { c.dtype = FD_FLOAT16; });
+  add("RawGatesLogitsNorm", two,
+      [](Case& c) { c.gates = Gates::raw, c.strengths = Strengths::logit, c.l2norm = true, c.padding = 70; });
+  return list;
+}
+
+class EmulatedForward : public ::testing::TestWithParam<Case> {};
+
+TEST_P(EmulatedForward, MatchesTheReferenceWithBothShapesOfBlocks) {
+  const Case& c = GetParam();
+  const Data d = make_data(c, 1);
+  const Results half = emulated(c, d, MANY_SMS), full = emulated(c, d, FEW_SMS);
+  expect_close(c, d, half, forward(c, d, reference), limit(c));
+  expect_same_bits(half, full);
+}
+
+INSTANTIATE_TEST_SUITE_P(, EmulatedForward, ::testing::ValuesIn(emulated_cases()),
+                         case_name<::testing::TestParamInfo<Case>>);
+
+TEST(Emulation, TheOrderOfThreadsDoesNotMatter) {
+  Case c = emulated_case({130, 0, 65});
+  c.l2norm = true;
+  const Data d = make_data(c, 2);
+  for (const int sm_count : {FEW_SMS, MANY_SMS}) {
+    const Results want = emulated(c, d, sm_count);
+    for (const Schedule schedule : {Schedule::backward, Schedule::shuffled}) {
+      expect_same_bits(emulated(c, d, sm_count, schedule), want);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace flashdelta::testing
