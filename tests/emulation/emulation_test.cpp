@@ -10,7 +10,10 @@
 #include <gtest/gtest.h>
 
 #include <cstdint>
+#include <functional>
+#include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tests/emulation/sm90.hpp"
@@ -65,6 +68,26 @@ std::vector<Case> emulated_cases() {
   add("Float16", two, [](Case& c) { c.dtype = FD_FLOAT16; });
   add("RawGatesLogitsNorm", two,
       [](Case& c) { c.gates = Gates::raw, c.strengths = Strengths::logit, c.l2norm = true, c.padding = 70; });
+  add("RawGatesWithoutBiasNegativeEigenvalues", two, [](Case& c) {
+    c.gates = Gates::raw, c.strengths = Strengths::logit, c.dt_bias = false, c.l2norm = c.allow_neg_eigval = true;
+  });
+  add("BFloat16Gates", two, [](Case& c) { c.gate_dtype = c.beta_dtype = FD_BFLOAT16; });
+  add("Float16GatesAndStrengthsAtTheEdges", two,
+      [](Case& c) { c.gate_dtype = c.beta_dtype = FD_FLOAT16, c.strengths = Strengths::edges, c.scale = 0.5; });
+  add("ValueFirst", two, [](Case& c) { c.v_first = true; });
+  add("BFloat16States", two, [](Case& c) { c.initial_dtype = c.final_dtype = FD_BFLOAT16; });
+  add("BFloat16StatesValueFirst", two, [](Case& c) { c.initial_dtype = c.final_dtype = FD_BFLOAT16, c.v_first = true; });
+  add("NoStates", two, [](Case& c) { c.initial_state = c.final_state = false; });
+  add("Pools", edges, [](Case& c) { c.pool = true, c.index_dtype = FD_INT32; });
+  add("PoolInPlaceValueFirst", edges, [](Case& c) { c.pool = c.in_place = c.v_first = true; });
+  add("OneValueBlock", two, [](Case& c) { c.V = 64; });
+  add("ThreeValueBlocks", two, [](Case& c) { c.V = 192, c.padding = 3; });
+  add("FourValueBlocks", two, [](Case& c) { c.V = 256, c.padding = 3; });
+  add("Checkpoints", emulated_case({64, 200, 63, 128}), [](Case& c) { c.checkpoint_interval = 64; });
+  add("SparseCheckpointsValueFirst", emulated_case({200, 200}, false),
+      [](Case& c) { c.checkpoint_interval = 128, c.v_first = true, c.final_dtype = FD_BFLOAT16; });
+  add("ManySequencesAndHeads", emulated_case({5, 0, 70, 1, 64, 0, 90, 3}),
+      [](Case& c) { c.H = 2, c.HV = 6, c.padding = 9, c.l2norm = true; });
   return list;
 }
 
@@ -91,6 +114,37 @@ TEST(Emulation, TheOrderOfThreadsDoesNotMatter) {
       expect_same_bits(emulated(c, d, sm_count, schedule), want);
     }
   }
+}
+
+TEST(Emulation, OddStridesAreRefused) {
+  Case c = emulated_case({3, 3}, false);
+  c.strided = true;  // bases off alignment
+  const Data d = make_data(c, 3);
+  try {
+    emulated(c, d, MANY_SMS);
+    FAIL() << "accepted";
+  } catch (const std::runtime_error& error) {
+    EXPECT_NE(std::string(error.what()).find("q: its data is not aligned to 16 bytes"), std::string::npos) << error.what();
+  }
+}
+
+TEST(Emulation, AWaitForNobodyIsReported) {
+  using namespace emulation;
+  const auto run = [](const std::function<void()>& body) {
+    try {
+      run_block(64, Schedule::forward, body, [](int) {});
+    } catch (const std::runtime_error& error) {
+      return std::string(error.what());
+    }
+    return std::string();
+  };
+  EXPECT_EQ(run([] {
+              if (block.thread >= 32) wait_while(barrier_at(8).phase, 0);
+            }),
+            "nobody can go on; these warps wait: 1 (32 lanes)");
+  EXPECT_EQ(run([] { arrive(barrier_at(8), 0); }), "thread 0: an arrival too many at a barrier");
+  EXPECT_EQ(run([] { static_cast<void>(barrier_at(4)); }), "thread 0: no barrier can lie at 4");
+  EXPECT_EQ(run([] {}), "");
 }
 
 }  // namespace
