@@ -11,6 +11,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <random>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -77,6 +78,7 @@ std::vector<Case> emulated_cases() {
   add("ValueFirst", two, [](Case& c) { c.v_first = true; });
   add("BFloat16States", two, [](Case& c) { c.initial_dtype = c.final_dtype = FD_BFLOAT16; });
   add("BFloat16StatesValueFirst", two, [](Case& c) { c.initial_dtype = c.final_dtype = FD_BFLOAT16, c.v_first = true; });
+  add("Float16States", two, [](Case& c) { c.dtype = c.initial_dtype = c.final_dtype = FD_FLOAT16; });
   add("NoStates", two, [](Case& c) { c.initial_state = c.final_state = false; });
   add("Pools", edges, [](Case& c) { c.pool = true, c.index_dtype = FD_INT32; });
   add("PoolInPlaceValueFirst", edges, [](Case& c) { c.pool = c.in_place = c.v_first = true; });
@@ -113,6 +115,30 @@ TEST(Emulation, TheOrderOfThreadsDoesNotMatter) {
     for (const Schedule schedule : {Schedule::backward, Schedule::shuffled}) {
       expect_same_bits(emulated(c, d, sm_count, schedule), want);
     }
+  }
+}
+
+TEST(Emulation, RandomPackedBatchesMatchTheReference) {
+  std::mt19937_64 random(4);
+  const auto below = [&](std::uint64_t n) { return static_cast<std::int64_t>(random() % n); };
+  for (std::uint64_t i = 0; i < 8; ++i) {
+    Case c = emulated_case({});
+    for (std::int64_t n = 1 + below(5); n > 0; --n) c.lengths.push_back(below(200));
+    c.padding = below(70);
+    c.HV = 1 + below(3);
+    c.V = 64 * (1 + below(3));
+    c.gates = static_cast<Gates>(below(6));
+    c.strengths = static_cast<Strengths>(below(7));
+    c.dtype = below(3) == 0 ? FD_FLOAT16 : FD_BFLOAT16;
+    c.gate_dtype = below(2) == 0 ? FD_BFLOAT16 : FD_FLOAT32;
+    c.l2norm = below(2) == 0;
+    c.v_first = below(2) == 0;
+    c.pool = below(2) == 0;
+    c.checkpoint_interval = 64 * below(3);
+    const Data d = make_data(c, 5 + i);
+    SCOPED_TRACE(describe(c));
+    expect_close(c, d, emulated(c, d, i % 2 == 0 ? FEW_SMS : MANY_SMS, Schedule::shuffled), forward(c, d, reference),
+                 limit(c));
   }
 }
 
