@@ -229,6 +229,9 @@ inline std::vector<Case> step_cases() {
        .index_dtype = FD_INT32,
        .pool = true,
        .in_place = true},
+      // States of 1 MiB and more that go elsewhere are written past the caches.
+      {.name = "one_token_large_state", .lengths = {1, 1}, .H = 4, .HV = 8, .K = 128, .V = 128},
+      {.name = "two_tokens_large_state", .lengths = {2, 0}, .packed = true, .HV = 4, .K = 256, .V = 264, .v_first = true},
       {.name = "one_token_model",
        .lengths = {1, 1, 1},
        .H = 2,

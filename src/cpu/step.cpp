@@ -20,6 +20,10 @@ namespace {
 constexpr std::int64_t kMinColumns = 32;              // a task has at least this many columns of V
 constexpr std::int64_t kElementsPerThread = 1 << 16;  // elements of states worth a thread
 
+// States that go elsewhere and are too many for a core's cache to keep until the next token are written past the caches:
+// ordinary stores read the memory first (docs/kernels.md#cpu).
+constexpr std::int64_t kStreamedBytes = 1 << 20;
+
 // One thread's memory. `state` is needed only where a sequence may have more than one token.
 struct Scratch {
   float *q = nullptr, *k = nullptr;                                                        // [K]
@@ -62,9 +66,12 @@ struct Task {
     return {address(states, type, row, value_head, v_first ? column : 0, v_first ? 0 : column), type, states.stride[2]};
   }
 
-  // out = decay * in + k u^T
-  void write(const State& in, const State& out, float decay, const void* prefetched = nullptr) const {
+  // out = decay * in + k u^T. `last`: this call does not read `out` again.
+  void write(const State& in, const State& out, float decay, bool last, const void* prefetched = nullptr) const {
     const fd_problem& p = *args.problem;
+    const bool stream = last && out.data != in.data && out.type == FD_FLOAT32 &&
+                        reinterpret_cast<std::uintptr_t>(out.data) % 64 == 0 && out.row % 16 == 0 &&
+                        p.N * p.HV * p.K * p.V * 4 >= kStreamedBytes;
     vector.step_write({.K = p.K,
                        .V = columns,
                        .state = in.data,
@@ -77,7 +84,8 @@ struct Task {
                        .decay = decay,
                        .k = s.k,
                        .u = s.u,
-                       .next = prefetched});
+                       .next = prefetched,
+                       .stream = stream});
   }
 
   void run() const {
@@ -101,10 +109,10 @@ struct Task {
         row = final_row(args, n);
       const State wanted = in_pool(args.final_state, p.final_dtype, row);
       if (wanted.data != nullptr && (last || wanted.type == FD_FLOAT32)) {
-        write(current, wanted, decay, last && q.length == 1 ? next : nullptr);
+        write(current, wanted, decay, last, last && q.length == 1 ? next : nullptr);
         current = wanted;
       } else if (!last) {
-        write(current, scratch, decay);
+        write(current, scratch, decay, false);
         current = scratch;
         if (wanted.data != nullptr) copy(scratch, wanted);
       }
@@ -155,7 +163,7 @@ struct Task {
     if (to.data == nullptr || to.data == from.data) return;
     std::fill_n(s.k, p.K, 0.0f);
     std::fill_n(s.u, columns, 0.0f);
-    write(from, to, 1);
+    write(from, to, 1, true);
   }
 
   // From fp32 scratch memory to a pool's row.

@@ -76,6 +76,7 @@ struct StepWrite {
   // Memory of the same layout as `state` that will be wanted next (null: none): fetched on the way, so that memory is not
   // idle while this pass works in the cache.
   const void* next = nullptr;
+  bool stream = false;  // fp32 `out`, rows on 64 bytes: write past the caches, without reading the memory first
 };
 
 struct VectorKernels {

@@ -4,6 +4,7 @@
 #include <stdint.h>
 
 #include "cpu/vector.hpp"
+#include "hwy/cache_control.h"
 #include "hwy/contrib/math/math-inl.h"
 #include "hwy/highway.h"
 
@@ -492,7 +493,7 @@ void step_read(const StepRead& s) {
   }
 }
 
-template <fd_dtype kIn, fd_dtype kOut>
+template <fd_dtype kIn, fd_dtype kOut, bool kStream = false>
 void step_write_rows(const StepWrite& s) {
   const int64_t m = s.v_first ? s.V : s.K, n = s.v_first ? s.K : s.V;
   const float* by_row = s.v_first ? s.u : s.k;
@@ -510,13 +511,22 @@ void step_write_rows(const StepWrite& s) {
     }
     const auto* in = static_cast<const typename Element<kIn>::type*>(s.state) + i * s.row;
     columns(n, [&](auto d, int64_t j) {
-      store_elements<kOut>(d, hn::MulAdd(hn::Set(d, s.decay), load_elements<kIn>(d, in + j), update(d, j)), out + j);
+      const auto x = hn::MulAdd(hn::Set(d, s.decay), load_elements<kIn>(d, in + j), update(d, j));
+      if constexpr (kStream) {
+        hn::Stream(x, d, out + j);
+      } else {
+        store_elements<kOut>(d, x, out + j);
+      }
     });
   }
+  if constexpr (kStream) hwy::FlushStream();
 }
 
 void step_write(const StepWrite& s) {
-  if (s.dtype == FD_FLOAT32) {
+  if (s.stream) {
+    s.dtype == FD_FLOAT32 ? step_write_rows<FD_FLOAT32, FD_FLOAT32, true>(s)
+                          : step_write_rows<FD_BFLOAT16, FD_FLOAT32, true>(s);
+  } else if (s.dtype == FD_FLOAT32) {
     s.out_dtype == FD_FLOAT32 ? step_write_rows<FD_FLOAT32, FD_FLOAT32>(s) : step_write_rows<FD_FLOAT32, FD_BFLOAT16>(s);
   } else {
     s.out_dtype == FD_FLOAT32 ? step_write_rows<FD_BFLOAT16, FD_FLOAT32>(s) : step_write_rows<FD_BFLOAT16, FD_BFLOAT16>(s);
