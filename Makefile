@@ -53,7 +53,7 @@ bench: build/.setup-test
 cuda: build/.setup-build cuda-toolkit
 	@tools/cuda.sh
 
-# The CUDA compiler and CUTLASS's headers from PyPI, into build/cuda, if they are not installed.
+# The CUDA compiler from PyPI, into build/cuda, if none is installed.
 cuda-toolkit: build/.setup-build
 	@tools/cuda_toolkit.sh
 

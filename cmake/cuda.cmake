@@ -19,19 +19,6 @@ if(FLASHDELTA_CUDA AND cuda_sources)
 endif()
 message(STATUS "flashdelta ${PROJECT_VERSION}: CUDA backends ${FLASHDELTA_HAS_CUDA}")
 
-if(FLASHDELTA_HAS_CUDA)
-  # CUTLASS: headers only. -DCUTLASS_DIR, else the PyPI package that `make cuda-toolkit` installs, else a download.
-  set(CUTLASS_DIR "" CACHE PATH "Folder that holds CUTLASS's include/")
-  find_path(FLASHDELTA_CUTLASS_INCLUDE cute/tensor.hpp NO_DEFAULT_PATH
-            HINTS ${CUTLASS_DIR}/include ${PROJECT_SOURCE_DIR}/build/cuda/cutlass_library/source/include)
-  if(NOT FLASHDELTA_CUTLASS_INCLUDE)
-    message(STATUS "CUTLASS headers not found (-DCUTLASS_DIR=...); fetching them")
-    FetchContent_Declare(cutlass URL https://github.com/NVIDIA/cutlass/archive/refs/tags/v4.2.0.tar.gz SOURCE_SUBDIR none)
-    FetchContent_MakeAvailable(cutlass)
-    set(FLASHDELTA_CUTLASS_INCLUDE ${cutlass_SOURCE_DIR}/include CACHE PATH "" FORCE)
-  endif()
-endif()
-
 # Adds object libraries for src/cuda to the list `targets`: step.cu for every architecture, the rest for Hopper.
 function(flashdelta_cuda_targets targets)
   set(step ${PROJECT_SOURCE_DIR}/src/cuda/step.cu)
@@ -48,7 +35,6 @@ function(flashdelta_cuda_targets targets)
   endif()
   foreach(target IN LISTS cuda_targets)
     target_compile_definitions(${target} PRIVATE FLASHDELTA_CUDA)
-    target_include_directories(${target} SYSTEM PRIVATE ${FLASHDELTA_CUTLASS_INCLUDE})
     # -std: CMake 3.25 does not know nvcc's C++20. -v: tools/resources.py reads registers and spills from the output.
     target_compile_options(${target} PRIVATE -std=c++20 --expt-relaxed-constexpr -Xptxas=-v -Xcompiler=-Wall,-Wextra,-fvisibility=hidden)
     if(FLASHDELTA_WERROR)

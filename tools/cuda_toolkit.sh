@@ -1,5 +1,5 @@
 #!/bin/bash
-# Puts what compiling CUDA needs and is not installed into build/cuda, from PyPI: nvcc with its runtime, and CUTLASS's headers.
+# Puts nvcc with its runtime into build/cuda, from PyPI, if no CUDA toolkit is installed.
 # Never into the environment of torch, whose nvidia/cu13 folder the compiler's packages would overwrite.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -9,8 +9,4 @@ if ! command -v nvcc >/dev/null && [ ! -x /usr/local/cuda/bin/nvcc ] && [ ! -x b
   echo "setup: nvcc 13.0 from PyPI into build/cuda"
   install nvidia-cuda-nvcc==13.0.* nvidia-cuda-runtime==13.0.* nvidia-nvvm==13.0.* nvidia-cuda-crt==13.0.* nvidia-cuda-cccl==13.0.*
   ln -s lib build/cuda/nvidia/cu13/lib64  # where nvcc looks
-fi
-if [ -z "${CUTLASS_DIR:-}" ] && [ ! -d build/cuda/cutlass_library/source/include ]; then
-  echo "setup: CUTLASS 4.2 headers from PyPI into build/cuda"
-  install nvidia-cutlass==4.2.0.0
 fi
