@@ -27,7 +27,9 @@ BEGIN, END = "<!-- benchmarks: written by bench/report.py -->", "<!-- end of ben
 def cell(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+    return str(value)
 
 
 def table(result: dict[str, Any]) -> str:

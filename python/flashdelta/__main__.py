@@ -146,7 +146,7 @@ def bench(repeats: int, plot: Path, memory: bool) -> int:
         return 1
     columns, rows = benchmark.table(result)
     print(f"{benchmark.machine()}; {benchmark.versions()}")
-    cells = [columns] + [[f"{x:.3g}" if isinstance(x, float) else str(x or "") for x in row] for row in rows]
+    cells = [columns] + [[benchmark.number(x) if isinstance(x, float) else str(x or "") for x in row] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     for row in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -43,6 +43,11 @@ KEPT_HEAP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}  # g
 FORWARD_FLOPS = 6 * K * V + 4 * CHUNK * V + 4 * CHUNK * K * H // HV
 
 
+def number(x: float) -> str:
+    """Three digits, whole numbers from 1,000 on."""
+    return f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"
+
+
 class Busy(RuntimeError):
     """The machine is too busy for a measurement to mean anything."""
 
@@ -308,7 +313,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     for offset, column, label in ((-0.2, 2, "transformers (PyTorch)"), (0.2, 1, "flashdelta")):
         places = [i + offset for i in range(len(rows))]
         bars = axes.barh(places, [row[column] or 0 for row in rows], 0.4, label=label)
-        axes.bar_label(bars, [f"{row[column]:.3g}" if row[column] else "" for row in rows], padding=3)
+        axes.bar_label(bars, [number(row[column]) if row[column] else "" for row in rows], padding=3)
     axes.set(xscale="log", xlabel="ms, less is better", yticks=range(len(rows)), yticklabels=[row[0] for row in rows])
     axes.invert_yaxis()
     axes.margins(x=0.15)
