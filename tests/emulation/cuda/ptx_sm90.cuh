@@ -99,7 +99,7 @@ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
 }
 inline void fence_async_shared() {}
 
-// --- bulk tensor copies
+// --- bulk copies
 
 // visit(shared address, global address or 0 outside of the tensor) for every element of a tile of 64 x 64.
 template <typename Visit>
@@ -132,6 +132,21 @@ inline void tensor_store(const CUtensorMap* map, uint32_t shared, int c0, int c1
   for_each_in_tile(map, shared, {c0, c1, c2, c3, c4}, [](uint32_t from, uint64_t to) {
     if (to != 0) *reinterpret_cast<uint16_t*>(to) = load_shared<uint16_t>(from);
   });
+}
+inline void bulk_load(uint32_t shared, const void* global, int bytes, uint32_t barrier) {
+  if (shared % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0 || bytes % 16 != 0 ||
+      shared + static_cast<uint32_t>(bytes) > sizeof(raw)) {
+    emulation::fault("a bulk copy is not aligned to 16 bytes, or leaves shared memory");
+  }
+  std::memcpy(raw + shared, global, static_cast<std::size_t>(bytes));
+  emulation::copied(emulation::barrier_at(barrier), bytes);
+}
+inline void bulk_store(void* global, uint32_t shared, int bytes) {
+  if (shared % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0 || bytes % 16 != 0 ||
+      shared + static_cast<uint32_t>(bytes) > sizeof(raw)) {
+    emulation::fault("a bulk copy is not aligned to 16 bytes, or leaves shared memory");
+  }
+  std::memcpy(global, raw + shared, static_cast<std::size_t>(bytes));
 }
 inline void stores_commit() {}
 template <int PENDING>
@@ -283,15 +298,15 @@ void wgmma(float (&d)[COUNT], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3
     multiply<T, 2 * COUNT, FIRST>(lanes, [&](int k, int n) { return element<T>(lanes[0]->b, n, k, TRANSPOSED != 0); });
   });
 }
-template <typename T, bool FIRST>
-void wgmma(float (&d)[32], uint64_t a, uint64_t b) {
+template <typename T, bool FIRST, int TRANSPOSED_A = 0, int TRANSPOSED_B = 0, int COUNT>
+void wgmma(float (&d)[COUNT], uint64_t a, uint64_t b) {
   const int warp = emulation::block.thread / emulation::WARP % 4, lane = emulation::block.lane();
   uint32_t fragment[4];
   for (int i = 0; i < 4; ++i) {
     const int row = 16 * warp + lane / 4 + 8 * (i & 1), k = 2 * (lane % 4) + 8 * (i >> 1);
-    fragment[i] = pack<T>(element<T>(a, row, k, false), element<T>(a, row, k + 1, false));
+    fragment[i] = pack<T>(element<T>(a, row, k, TRANSPOSED_A != 0), element<T>(a, row, k + 1, TRANSPOSED_A != 0));
   }
-  wgmma<T, FIRST, 0>(d, fragment[0], fragment[1], fragment[2], fragment[3], b);
+  wgmma<T, FIRST, TRANSPOSED_B>(d, fragment[0], fragment[1], fragment[2], fragment[3], b);
 }
 
 }  // namespace flashdelta::cuda
