@@ -2,11 +2,9 @@
 // K^T) and the transpose of the tile T = Gam .* (I + strict_lower(K K^T diag(beta)))^-1.
 #pragma once
 
-#include "cuda/ptx_sm90.cuh"
+#include "cuda/block_sm90.cuh"
 
 namespace flashdelta::cuda {
-
-constexpr int CHUNK = 64;
 
 // What a chunk's tokens bring besides q, k, v. All of [64]; `gam` is the log2 of the decay from the chunk's start,
 // inclusive.
@@ -26,11 +24,6 @@ struct ChunkGates {
   int factored;           // e^(gam_i - gam_j) may be computed as e^gam_i e^-gam_j
   float padding[2];
 };
-
-// Byte offset of 16-byte block `block` of row `row` in a tile with rows of 128 bytes, swizzled by 128 bytes.
-__device__ __forceinline__ uint32_t swizzled(int row, int block) {
-  return static_cast<uint32_t>(row * 128 + ((block ^ (row & 7)) << 4));
-}
 
 // Scratch. In T's space until T is written: L = strict_lower(K K^T diag(beta)), its blocks below the diagonal, in fp16,
 // swizzled like a tile. In P's space until P is written: per diagonal block of L, its transpose in fp32, rows of 80 bytes.

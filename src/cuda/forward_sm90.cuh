@@ -14,7 +14,7 @@
 
 #include "cuda/chunk.cuh"
 #include "cuda/forward_sm90.hpp"
-#include "cuda/ptx_sm90.cuh"
+#include "cuda/ptx.cuh"
 
 namespace flashdelta::cuda {
 
@@ -45,7 +45,6 @@ enum Barrier {
   ITEM_FREE,   // every other warp -> loader of K and Q
   BARRIERS
 };
-constexpr int MAX_STAGES = 4;
 
 template <int STATE>
 struct Shape {
@@ -74,44 +73,7 @@ struct alignas(1024) SharedMemory {
   uint64_t barriers[BARRIERS][MAX_STAGES];
 };
 
-// A place in a ring of stages, and how often the ring has been passed (mod 2).
-struct Ring {
-  int stage = 0;
-  uint32_t parity = 0;
-  template <int STAGES>
-  __device__ __forceinline__ void next() {
-    if (++stage == STAGES) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-// Place number `count` of a ring: for roles that are short of registers.
-template <int STAGES>
-__device__ __forceinline__ Ring ring_at(uint32_t count) {
-  return {static_cast<int>(count % STAGES), count / STAGES & 1};
-}
-
 static_assert(sizeof(SharedMemory<1>) <= 227 * 1024 && sizeof(SharedMemory<2>) <= 227 * 1024);
-
-template <int STATE>
-__device__ __forceinline__ uint32_t barrier_address(SharedMemory<STATE>& shared, Barrier barrier, int stage) {
-  return shared_address(&shared.barriers[barrier][stage]);
-}
-template <int STATE>
-__device__ __forceinline__ void wait_full(SharedMemory<STATE>& shared, Barrier barrier, const Ring& ring) {
-  barrier_wait(barrier_address(shared, barrier, ring.stage), ring.parity);
-}
-template <int STATE>
-__device__ __forceinline__ void wait_free(SharedMemory<STATE>& shared, Barrier barrier, const Ring& ring) {
-  barrier_wait(barrier_address(shared, barrier, ring.stage), ring.parity ^ 1);
-}
-// One arrival per warp, after all its lanes came here.
-template <int STATE>
-__device__ __forceinline__ void arrive(SharedMemory<STATE>& shared, Barrier barrier, const Ring& ring, int lane) {
-  __syncwarp();
-  if (lane == 0) barrier_arrive(barrier_address(shared, barrier, ring.stage));
-}
 
 // The next item, for every warp but the one that hands them out.
 template <int STATE>
@@ -123,14 +85,8 @@ __device__ __forceinline__ Item take_item(SharedMemory<STATE>& shared, Ring& rin
   return item;
 }
 
-// Coordinates of token `token` of an item in the tensor maps: packed sequences are ragged, so that the copy engine fills
-// with zeros, or skips in a store, what lies past the sequence's end.
-struct Place {
-  int token, third, fourth;
-};
 __device__ __forceinline__ Place place(const ForwardParameters& p, const Item& item, int token) {
-  if (p.sequences.cu_seqlens == nullptr) return {token, static_cast<int>(item.batch), 0};
-  return {RAGGED - item.tokens + token, static_cast<int>(item.begin) + item.tokens, RAGGED};
+  return place(p.sequences.cu_seqlens != nullptr, item.batch, item.begin, item.tokens, token);
 }
 
 // Warp 0, one lane: hands out items, loads K and Q.
@@ -341,43 +297,6 @@ __device__ __forceinline__ void make_all_tiles(SharedMemory<STATE>& shared, int 
   }
 }
 
-// Where a state's element (key, value) lies in its row of a pool.
-struct StateLayout {
-  int64_t base, key, value;
-};
-__device__ __forceinline__ StateLayout state_layout(const ForwardParameters& p, const Pool& pool, int64_t row,
-                                                    int value_head) {
-  const int64_t base = row * pool.states.stride[0] + value_head * pool.states.stride[1];
-  return p.state_v_first != 0 ? StateLayout{base, pool.states.stride[3], pool.states.stride[2]}
-                              : StateLayout{base, pool.states.stride[2], pool.states.stride[3]};
-}
-
-// S^T in accumulator layout: register 4 j + 2 h + e has value `value` + 8 h of the item, key 8 j + `key` + e.
-__device__ __forceinline__ void load_state(const ForwardParameters& p, const Item& item, float (&s)[64], int value,
-                                           int key) {
-  const int64_t row = p.initial.row(item.sequence, 0);
-#pragma unroll
-  for (int i = 0; i < 64; ++i) s[i] = 0.0f;
-  if (row < 0) return;
-  const StateLayout at = state_layout(p, p.initial, row, item.value_head);
-  const int64_t first = at.base + (item.first_value + value) * at.value + key * at.key;
-#pragma unroll
-  for (int i = 0; i < 64; ++i) {
-    s[i] = p.initial.states[first + (8 * (i / 4) + (i & 1)) * at.key + ((i & 2) * 4) * at.value];
-  }
-}
-__device__ __forceinline__ void store_state(const ForwardParameters& p, const Pool& pool, int64_t row, const Item& item,
-                                            const float (&s)[64], int value, int key) {
-  if (row < 0) return;
-  const StateLayout at = state_layout(p, pool, row, item.value_head);
-  const int64_t first = at.base + (item.first_value + value) * at.value + key * at.key;
-#pragma unroll
-  for (int i = 0; i < 64; ++i) {
-    store_element(pool.states.data, pool.states.type, first + (8 * (i / 4) + (i & 1)) * at.key + ((i & 2) * 4) * at.value,
-                  s[i]);
-  }
-}
-
 // A state warpgroup: values 64 `turn`.. of the item.
 template <typename T, int STATE>
 __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemory<STATE>& shared, int turn, int warp,
@@ -386,6 +305,7 @@ __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemo
   Ring items;
   uint32_t count = 0;  // chunks so far
   const int column = 2 * (lane & 3);
+  const bool v_first = p.state_v_first != 0;
   // The lane's row and 16-byte block in a transposing load or store of 16 tokens x 16 values.
   const int token = (lane & 7) + 8 * (lane >> 4), block = 2 * warp + ((lane >> 3) & 1);
   float s[64];
@@ -393,7 +313,8 @@ __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemo
     wait_full(shared, ITEM_FULL, items);
     const Item& item = shared.items[items.stage];  // read again where needed: registers are short
     if (item.sequence < 0) break;
-    load_state(p, item, s, turn * VALUES + 16 * warp + (lane >> 2), column);
+    const int value = turn * VALUES + 16 * warp + (lane >> 2);
+    load_state(p.initial, v_first, p.initial.row(item.sequence, 0), item.value_head, s, item.first_value + value, column);
     uint32_t a[32];  // S^T rounded: operand of U and O
 #pragma unroll
     for (int i = 0; i < 32; ++i) a[i] = pack<T>(s[2 * i], s[2 * i + 1]);
@@ -526,11 +447,11 @@ __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemo
         const int64_t done = static_cast<int64_t>(c + 1) * CHUNK;
         if (done <= item.tokens && done % p.checkpoint_interval == 0) {
           const int64_t row = p.checkpoints.row(item.sequence, done / p.checkpoint_interval - 1);
-          store_state(p, p.checkpoints, row, item, s, turn * VALUES + 16 * warp + (lane >> 2), column);
+          store_state(p.checkpoints, v_first, row, item.value_head, s, item.first_value + value, column);
         }
       }
     }
-    store_state(p, p.final, p.final.row(item.sequence, 0), item, s, turn * VALUES + 16 * warp + (lane >> 2), column);
+    store_state(p.final, v_first, p.final.row(item.sequence, 0), item.value_head, s, item.first_value + value, column);
     arrive(shared, ITEM_FREE, items, lane);
     items.next<S::ITEMS>();
   }
@@ -563,11 +484,7 @@ __global__ void __launch_bounds__(THREADS, 1) forward_kernel(const __grid_consta
     constexpr int state = 4 * STATE, auxiliary = 4;
     const int arrivals[BARRIERS] = {
         1, state + auxiliary + (NORM ? 1 : 0), 1, state, 1, state + auxiliary, auxiliary, state, state, 1, 1, 15};
-    for (int b = 0; b < BARRIERS; ++b) {
-      for (int i = 0; i < MAX_STAGES; ++i) barrier_init(shared_address(&shared.barriers[b][i]), arrivals[b]);
-    }
-    barrier_init_fence();
-    fence_async_shared();
+    init_barriers(shared, arrivals);
   }
   __syncthreads();
   wait_for_earlier_kernels();

@@ -5,13 +5,9 @@
 
 #include "cuda/device.hpp"
 #include "cuda/inputs.cuh"
-#include "cuda/ptx.cuh"
+#include "cuda/tiling_sm90.hpp"
 
 namespace flashdelta::cuda {
-
-constexpr int KEYS = 128;        // K
-constexpr int VALUES = 64;       // values of one state warpgroup
-constexpr int RAGGED = 1 << 30;  // see tensor_map in backend_sm90.cu
 
 struct ForwardParameters {
   CUtensorMap q, k, v, o;

@@ -1,0 +1,133 @@
+// What the blocks of all Hopper kernels do alike: rings of stages with their barriers, and states between memory and the
+// registers of a warpgroup. A block's shared memory has `uint64_t barriers[BARRIERS][MAX_STAGES]`.
+#pragma once
+
+#include "cuda/inputs.cuh"
+#include "cuda/ptx_sm90.cuh"
+#include "cuda/tiling_sm90.hpp"
+
+namespace flashdelta::cuda {
+
+constexpr int MAX_STAGES = 4;
+
+// A place in a ring of stages, and how often the ring has been passed (mod 2).
+struct Ring {
+  int stage = 0;
+  uint32_t parity = 0;
+  template <int STAGES>
+  __device__ __forceinline__ void next() {
+    if (++stage == STAGES) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+// Place number `count` of a ring: for roles that are short of registers.
+template <int STAGES>
+__device__ __forceinline__ Ring ring_at(uint32_t count) {
+  return {static_cast<int>(count % STAGES), count / STAGES & 1};
+}
+
+template <typename Shared>
+__device__ __forceinline__ uint32_t barrier_address(Shared& shared, int barrier, int stage) {
+  return shared_address(&shared.barriers[barrier][stage]);
+}
+template <typename Shared>
+__device__ __forceinline__ void wait_full(Shared& shared, int barrier, const Ring& ring) {
+  barrier_wait(barrier_address(shared, barrier, ring.stage), ring.parity);
+}
+template <typename Shared>
+__device__ __forceinline__ void wait_free(Shared& shared, int barrier, const Ring& ring) {
+  barrier_wait(barrier_address(shared, barrier, ring.stage), ring.parity ^ 1);
+}
+// One arrival per warp, after all its lanes came here.
+template <typename Shared>
+__device__ __forceinline__ void arrive(Shared& shared, int barrier, const Ring& ring, int lane) {
+  __syncwarp();
+  if (lane == 0) barrier_arrive(barrier_address(shared, barrier, ring.stage));
+}
+
+// By one thread, before any other touches a barrier; all threads meet afterwards.
+template <typename Shared, int BARRIERS>
+__device__ __forceinline__ void init_barriers(Shared& shared, const int (&arrivals)[BARRIERS]) {
+  for (int b = 0; b < BARRIERS; ++b) {
+    for (int i = 0; i < MAX_STAGES; ++i) barrier_init(barrier_address(shared, b, i), arrivals[b]);
+  }
+  barrier_init_fence();
+  fence_async_shared();
+}
+
+// Byte offset of 16-byte block `block` of row `row` in a tile with rows of 128 bytes, swizzled by 128 bytes.
+__device__ __forceinline__ uint32_t swizzled(int row, int block) {
+  return static_cast<uint32_t>(row * 128 + ((block ^ (row & 7)) << 4));
+}
+
+// Coordinates of a token in the tensor maps of tensor_map_sm90.hpp, after the column and before/after the head: packed
+// sequences are ragged, so that the copy engine fills with zeros, or skips in a store, what lies past the sequence's end.
+struct Place {
+  int token, third, fourth;
+};
+__device__ __forceinline__ Place place(bool packed, int64_t batch, int64_t begin, int tokens, int token) {
+  if (!packed) return {token, static_cast<int>(batch), 0};
+  return {RAGGED - tokens + token, static_cast<int>(begin) + tokens, RAGGED};
+}
+
+// --- states. In accumulator layout: register 4 j + 2 h + e of a warpgroup's thread has value `value` + 8 h, key 8 j + `key`
+// + e, with value = 16 warp + lane / 4 and key = 2 (lane % 4).
+
+// Where a state's element (key, value) lies in its row of a pool.
+struct StateLayout {
+  int64_t base, key, value;
+};
+__device__ __forceinline__ StateLayout state_layout(const Pool& pool, bool v_first, int64_t row, int value_head) {
+  const int64_t base = row * pool.states.stride[0] + value_head * pool.states.stride[1];
+  return v_first ? StateLayout{base, pool.states.stride[3], pool.states.stride[2]}
+                 : StateLayout{base, pool.states.stride[2], pool.states.stride[3]};
+}
+
+// Row < 0: zeros.
+__device__ __forceinline__ void load_state(const Pool& pool, bool v_first, int64_t row, int value_head, float (&s)[64],
+                                           int value, int key) {
+#pragma unroll
+  for (int i = 0; i < 64; ++i) s[i] = 0.0f;
+  if (row < 0) return;
+  const StateLayout at = state_layout(pool, v_first, row, value_head);
+  const int64_t first = at.base + value * at.value + key * at.key;
+#pragma unroll
+  for (int i = 0; i < 64; ++i) {
+    s[i] = pool.states[first + (8 * (i / 4) + (i & 1)) * at.key + ((i & 2) * 4) * at.value];
+  }
+}
+// Row < 0: nothing is written.
+__device__ __forceinline__ void store_state(const Pool& pool, bool v_first, int64_t row, int value_head,
+                                            const float (&s)[64], int value, int key) {
+  if (row < 0) return;
+  const StateLayout at = state_layout(pool, v_first, row, value_head);
+  const int64_t first = at.base + value * at.value + key * at.key;
+#pragma unroll
+  for (int i = 0; i < 64; ++i) {
+    store_element(pool.states.data, pool.states.type, first + (8 * (i / 4) + (i & 1)) * at.key + ((i & 2) * 4) * at.value,
+                  s[i]);
+  }
+}
+
+// The library's own states in memory: fp32, 64 values of a head after each other, each with its 128 keys. `states` points to
+// the block of values.
+constexpr int STATE_BLOCK = VALUES * KEYS;  // floats
+__device__ __forceinline__ void load_state(const float* states, float (&s)[64], int value, int key) {
+#pragma unroll
+  for (int i = 0; i < 32; ++i) {
+    const float2 x = *reinterpret_cast<const float2*>(states + (value + (i & 1) * 8) * KEYS + key + 8 * (i / 2));
+    s[2 * i] = x.x;
+    s[2 * i + 1] = x.y;
+  }
+}
+__device__ __forceinline__ void store_state(float* states, const float (&s)[64], int value, int key) {
+#pragma unroll
+  for (int i = 0; i < 32; ++i) {
+    *reinterpret_cast<float2*>(states + (value + (i & 1) * 8) * KEYS + key + 8 * (i / 2)) =
+        make_float2(s[2 * i], s[2 * i + 1]);
+  }
+}
+
+}  // namespace flashdelta::cuda
