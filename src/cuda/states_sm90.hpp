@@ -1,0 +1,35 @@
+// What the kernel that walks states without outputs is given, and how to launch it: states of all chunks for the backward,
+// saved states, outcomes of segments for context parallelism.
+#pragma once
+
+#include <cuda.h>
+
+#include "backend.hpp"
+#include "cuda/tiling_sm90.hpp"
+
+namespace flashdelta::cuda {
+
+struct StatesParameters {
+  CUtensorMap k, v;
+  Sequences sequences;
+  Scratch scratch;  // vectors and t are read; s and r, unless null, are written
+  const Run* runs;  // [run_count]
+  int run_count;
+  int heads;
+  // Blocks of 64 rows of S^T: the value blocks; after them, two blocks of the transition, transposed: rows of the identity
+  // at the start, without values.
+  int row_blocks;
+  // A run starts from the call's initial state at its sequence's first chunk, elsewhere from its row of `saved`; without
+  // `saved`, from zero.
+  Pool initial;
+  int state_v_first;
+  const float* saved;  // [saved_rows][HV][V][K], or null
+  // Where states go, each may be null. `save`: the states before every segment but the sequence's first, as `saved`.
+  // `outcomes`: a run's last state.
+  float* save;      // [saved_rows][HV][V][K]
+  float* outcomes;  // [run_count][HV][row_blocks][64][K]
+};
+
+fd_status launch_states(const StatesParameters&, bool bfloat16, int sm_count, void* stream);
+
+}  // namespace flashdelta::cuda
