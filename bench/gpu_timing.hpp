@@ -1,8 +1,8 @@
-// Timing on a GPU for benchmark programs: memory, graph replays, the measured ceiling of the memory, the SM clock.
+// Timing on a GPU for benchmark programs: memory, graph replays, the measured ceilings of the machine.
 #pragma once
 
+#include <benchmark/benchmark.h>
 #include <cuda_runtime.h>
-#include <dlfcn.h>
 
 #include <algorithm>
 #include <cstddef>
@@ -12,18 +12,31 @@
 #include <utility>
 #include <vector>
 
+#include "bench/rows.hpp"
+#include "flashdelta/flashdelta.h"
+
 namespace flashdelta::bench {
+
+constexpr std::size_t ROTATED_BYTES = std::size_t{256} << 20;  // well above any L2
+constexpr int REPLAYS = 40;
 
 inline void must(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  std::fprintf(stderr, "bench: %s: %s\n", what, cudaGetErrorString(error));
+  std::fprintf(stderr, "bench_gpu: %s: %s\n", what, cudaGetErrorString(error));
+  std::exit(1);
+}
+inline void must(fd_status status) {
+  if (status == FD_OK) return;
+  std::fprintf(stderr, "bench_gpu: %s\n", fd_last_error());
   std::exit(1);
 }
 
 class DeviceMemory {
  public:
   DeviceMemory() = default;
-  explicit DeviceMemory(std::size_t bytes) : bytes_(bytes) { must(cudaMalloc(&data_, bytes), "cudaMalloc"); }
+  explicit DeviceMemory(std::size_t bytes) : bytes_(bytes) {
+    must(cudaMalloc(&data_, std::max<std::size_t>(bytes, 1)), "cudaMalloc");
+  }
   DeviceMemory(DeviceMemory&& other) noexcept : data_(std::exchange(other.data_, nullptr)), bytes_(other.bytes_) {}
   DeviceMemory& operator=(DeviceMemory&& other) noexcept {
     std::swap(data_, other.data_);
@@ -38,6 +51,13 @@ class DeviceMemory {
   void* data_ = nullptr;
   std::size_t bytes_ = 0;
 };
+
+template <typename T>
+DeviceMemory upload(const std::vector<T>& host) {
+  DeviceMemory device(host.size() * sizeof(T));
+  must(cudaMemcpy(device.data(), host.data(), device.bytes(), cudaMemcpyHostToDevice), "cudaMemcpy");
+  return device;
+}
 
 // `calls` calls captured in one graph.
 class Graph {
@@ -60,12 +80,10 @@ class Graph {
   }
   Graph(const Graph&) = delete;
 
-  void launch() { must(cudaGraphLaunch(executable_, stream_), "cudaGraphLaunch"); }
-
   // Seconds per call of one replay.
   double replay() {
     must(cudaEventRecord(start_, stream_), "cudaEventRecord");
-    launch();
+    must(cudaGraphLaunch(executable_, stream_), "cudaGraphLaunch");
     must(cudaEventRecord(stop_, stream_), "cudaEventRecord");
     must(cudaEventSynchronize(stop_), "a replay");
     float milliseconds;
@@ -87,36 +105,27 @@ inline double quantile(std::vector<double> samples, double q) {
   return samples[i];
 }
 
-// Bytes per second, read plus written, of the best of several device-to-device copies of 2 GB.
-inline double copy_bandwidth(cudaStream_t stream) {
-  constexpr std::size_t bytes = std::size_t{1} << 31;
-  const DeviceMemory from(bytes), to(bytes);
-  must(cudaMemset(from.data(), 0x3c, bytes), "cudaMemset");
-  Graph copy(stream, 4, [&](int, cudaStream_t s) {
-    must(cudaMemcpyAsync(to.data(), from.data(), bytes, cudaMemcpyDeviceToDevice, s), "cudaMemcpyAsync");
-  });
-  double best = copy.replay();
-  for (int i = 0; i < 8; ++i) best = std::min(best, copy.replay());
-  return 2.0 * static_cast<double>(bytes) / best;
-}
+// What this machine sustains, and what every row is timed on.
+struct Machine {
+  cudaStream_t stream;
+  int sm_count;
+  double bandwidth;   // of a copy, bytes per second, read plus written
+  double rate;        // of dense bf16 products on random numbers, operations per second
+  double rate_clock;  // MHz of the SMs meanwhile
+};
+Machine measure_machine();
 
-// The SM clock in MHz right now, from the driver's management library; 0 if it cannot be read.
-inline double sm_clock() {
-  using Init = int (*)();
-  using Handle = int (*)(unsigned, void**);
-  using Clock = int (*)(void*, int, unsigned*);
-  static void* const library = dlopen("libnvidia-ml.so.1", RTLD_NOW);
-  if (library == nullptr) return 0;
-  static const auto clock = reinterpret_cast<Clock>(dlsym(library, "nvmlDeviceGetClockInfo"));
-  static void* const device = [] {
-    void* found = nullptr;
-    const auto init = reinterpret_cast<Init>(dlsym(library, "nvmlInit_v2"));
-    const auto handle = reinterpret_cast<Handle>(dlsym(library, "nvmlDeviceGetHandleByIndex_v2"));
-    return init != nullptr && handle != nullptr && init() == 0 && handle(0, &found) == 0 ? found : nullptr;
-  }();
-  constexpr int sm = 1;
-  unsigned mhz = 0;
-  return device != nullptr && clock != nullptr && clock(device, sm, &mhz) == 0 ? mhz : 0;
-}
+// Replays the graph until the benchmark has its samples, and reports: median, p10 and p90 in microseconds, the rates of
+// `needed`, the floor and the share of it that was reached, the goals of the row, the clock of the SMs. `host_call`: one
+// eager call, timed on the host.
+void measure(benchmark::State&, const Machine&, const Row&, Graph&, const Work& needed,
+             const std::function<void()>& host_call);
+
+// False, and the row is skipped with the library's reason, if no backend serves it. Other failures end the program.
+bool served(benchmark::State&, fd_status);
+
+// Register the benchmarks of a row.
+void register_sequences(const Machine&, const Row&);  // forward, training_forward, backward
+void register_step(const Machine&, const Row&);
 
 }  // namespace flashdelta::bench

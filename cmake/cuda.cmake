@@ -19,6 +19,19 @@ if(FLASHDELTA_CUDA AND cuda_sources)
 endif()
 message(STATUS "flashdelta ${PROJECT_VERSION}: CUDA backends ${FLASHDELTA_HAS_CUDA}")
 
+# How a target's CUDA sources are compiled; its C++ sources find the toolkit's headers.
+function(flashdelta_compile_cuda target)
+  target_compile_definitions(${target} PRIVATE FLASHDELTA_CUDA)
+  # -std: CMake 3.25 does not know nvcc's C++20.
+  target_compile_options(${target} PRIVATE
+    $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20 --expt-relaxed-constexpr -Xcompiler=-Wall,-Wextra,-fvisibility=hidden>)
+  if(FLASHDELTA_WERROR)
+    target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings>)
+  endif()
+  target_include_directories(${target} SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+  set_target_properties(${target} PROPERTIES CUDA_RUNTIME_LIBRARY Static)
+endfunction()
+
 # Adds object libraries for src/cuda to the list `targets`: step.cu for every architecture, the rest for Hopper.
 function(flashdelta_cuda_targets targets)
   set(step ${PROJECT_SOURCE_DIR}/src/cuda/step.cu)
@@ -34,12 +47,8 @@ function(flashdelta_cuda_targets targets)
     list(APPEND cuda_targets flashdelta_cuda_sm90)
   endif()
   foreach(target IN LISTS cuda_targets)
-    target_compile_definitions(${target} PRIVATE FLASHDELTA_CUDA)
-    # -std: CMake 3.25 does not know nvcc's C++20. -v: tools/resources.py reads registers and spills from the output.
-    target_compile_options(${target} PRIVATE -std=c++20 --expt-relaxed-constexpr -Xptxas=-v -Xcompiler=-Wall,-Wextra,-fvisibility=hidden)
-    if(FLASHDELTA_WERROR)
-      target_compile_options(${target} PRIVATE -Werror=all-warnings)
-    endif()
+    flashdelta_compile_cuda(${target})
+    target_compile_options(${target} PRIVATE -Xptxas=-v)  # tools/resources.py reads registers and spills from the output
   endforeach()
   set(${targets} ${${targets}} ${cuda_targets} PARENT_SCOPE)
 endfunction()
