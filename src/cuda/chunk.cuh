@@ -2,28 +2,9 @@
 // K^T) and the transpose of the tile T = Gam .* (I + strict_lower(K K^T diag(beta)))^-1.
 #pragma once
 
-#include "cuda/block_sm90.cuh"
+#include "cuda/gates_sm90.cuh"
 
 namespace flashdelta::cuda {
-
-// What a chunk's tokens bring besides q, k, v. All of [64]; `gam` is the log2 of the decay from the chunk's start,
-// inclusive.
-struct ChunkGates {
-  float read[CHUNK];      // e^gam |k|^-1: factor of K S
-  float output[CHUNK];    // scale e^gam |q|^-1: factor of Q S, and of a row of P
-  float strength[CHUNK];  // beta
-  float write[CHUNK];     // beta e^(gam_C - gam) |k|^-1: factor of a row of V' in the state's update
-  float column[CHUNK];    // beta |k|^-1: factor of a column of K K^T
-  float row[CHUNK];       // |k|^-1: factor of a row of K K^T
-  float gam[CHUNK];       // log2
-  float rise[CHUNK];      // e^gam, where the chunk's decay is small (`factored`)
-  float fall[CHUNK];      // e^-gam, likewise
-  float fall_key[CHUNK];  // e^-gam |k|^-1; not factored: |k|^-1
-  float query[CHUNK];     // scale |q|^-1
-  float decay;            // e^gam_C
-  int factored;           // e^(gam_i - gam_j) may be computed as e^gam_i e^-gam_j
-  float padding[2];
-};
 
 // Scratch. In T's space until T is written: L = strict_lower(K K^T diag(beta)), its blocks below the diagonal, in fp16,
 // swizzled like a tile. In P's space until P is written: per diagonal block of L, its transpose in fp32, rows of 80 bytes.

@@ -176,31 +176,9 @@ __device__ __forceinline__ void store_outputs(const ForwardParameters& p, Shared
   if (lane == 0) stores_wait();
 }
 
-// 1 / sqrt(sum of squares + eps) of rows `lane` and `lane + 32` of a tile of 64 x 128.
-template <typename T>
-__device__ __forceinline__ float2 inverse_norms(uint32_t tile, float eps, int lane) {
-  float sum[2] = {0.0f, 0.0f};
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-#pragma unroll 4
-    for (int i = 0; i < 16; ++i) {
-      const float4 x = load_shared_float4(tile + (i / 8) * 8192 + swizzled(lane + 32 * r, i % 8));
-      const float word[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float2 y = unpack<T>(__float_as_uint(word[j]));
-        sum[r] = fmaf(y.x, y.x, fmaf(y.y, y.y, sum[r]));
-      }
-    }
-  }
-  return {rsqrtf(sum[0] + eps), rsqrtf(sum[1] + eps)};
-}
-
 // Warp 1: everything that a chunk's tokens bring besides q, k, v. Lane l has tokens l and l + 32.
 template <typename T, int STATE, bool NORM>
 __device__ __forceinline__ void make_gates(const ForwardParameters& p, SharedMemory<STATE>& shared, int lane) {
-  constexpr float LOG2E = 1.44269504088896341f;
-  constexpr float FACTORED_BOUND = 64.0f;  // log2 of the chunk's decay up to which e^-gam is harmless
   Ring items;
   uint32_t count = 0;  // chunks so far
   while (true) {
@@ -209,27 +187,7 @@ __device__ __forceinline__ void make_gates(const ForwardParameters& p, SharedMem
     if (item.sequence < 0) break;
     for (int c = 0; c < item.chunks; ++c, ++count) {
       const Ring ring = ring_at<Shape<STATE>::GATES>(count), keys = ring_at<Shape<STATE>::KQ>(count);
-      float g[2], beta[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int token = c * CHUNK + lane + 32 * i;
-        const bool inside = token < item.tokens;
-        g[i] = inside ? p.gates.log_decay(item.batch, item.begin + token, item.value_head) * LOG2E : 0.0f;
-        beta[i] = inside ? p.gates.write_strength(item.batch, item.begin + token, item.value_head) : 0.0f;
-      }
-      // -inf decays become finite, so that no difference of two is NaN; a NaN stays.
-#pragma unroll
-      for (int i = 0; i < 2; ++i) g[i] = g[i] < -1e4f ? -1e4f : g[i];
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const float a = __shfl_up_sync(~0u, g[0], step), b = __shfl_up_sync(~0u, g[1], step);
-        if (lane >= step) {
-          g[0] += a;
-          g[1] += b;
-        }
-      }
-      g[1] += __shfl_sync(~0u, g[0], 31);
-      const float total = __shfl_sync(~0u, g[1], 31);
+      const TokenGates tokens = token_gates(p.gates, item, item.value_head, c * CHUNK + lane);
       float2 nk = {1.0f, 1.0f}, nq = {1.0f, 1.0f};
       if constexpr (NORM) {
         wait_full(shared, KQ_FULL, keys);
@@ -238,29 +196,7 @@ __device__ __forceinline__ void make_gates(const ForwardParameters& p, SharedMem
         arrive(shared, KQ_FREE, keys, lane);
       }
       wait_free(shared, GATES_FREE, ring);
-      ChunkGates& out = shared.gates[ring.stage];
-      const bool factored = total > -FACTORED_BOUND;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int t = lane + 32 * i;
-        const float key = i == 0 ? nk.x : nk.y, query = p.scale * (i == 0 ? nq.x : nq.y);
-        const float rise = exp2_fast(g[i]), fall = factored ? exp2_fast(-g[i]) : 1.0f;
-        out.read[t] = rise * key;
-        out.output[t] = rise * query;
-        out.strength[t] = beta[i];
-        out.write[t] = beta[i] * exp2_fast(total - g[i]) * key;
-        out.column[t] = beta[i] * key;
-        out.row[t] = key;
-        out.gam[t] = g[i];
-        out.rise[t] = rise;
-        out.fall[t] = fall;
-        out.fall_key[t] = fall * key;
-        out.query[t] = query;
-      }
-      if (lane == 0) {
-        out.decay = exp2_fast(total);
-        out.factored = factored;
-      }
+      fill_gates(shared.gates[ring.stage], tokens, nk, nq, p.scale, lane);
       arrive(shared, GATES_FULL, ring, lane);
     }
     arrive(shared, ITEM_FREE, items, lane);

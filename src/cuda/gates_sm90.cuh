@@ -1,0 +1,114 @@
+// What a chunk's tokens bring besides q, k, v: decays, write strengths, l2 norms (docs/math.md). For one warp: lane l has
+// tokens l and l + 32.
+#pragma once
+
+#include "cuda/block_sm90.cuh"
+
+namespace flashdelta::cuda {
+
+// As the tiles' algebra and the states want it. All of [64]; `gam` is the log2 of the decay from the chunk's start,
+// inclusive.
+struct ChunkGates {
+  float read[CHUNK];      // e^gam |k|^-1: factor of K S
+  float output[CHUNK];    // scale e^gam |q|^-1: factor of Q S, and of a row of P
+  float strength[CHUNK];  // beta
+  float write[CHUNK];     // beta e^(gam_C - gam) |k|^-1: factor of a row of V' in the state's update
+  float column[CHUNK];    // beta |k|^-1: factor of a column of K K^T
+  float row[CHUNK];       // |k|^-1: factor of a row of K K^T
+  float gam[CHUNK];       // log2
+  float rise[CHUNK];      // e^gam, where the chunk's decay is small (`factored`)
+  float fall[CHUNK];      // e^-gam, likewise
+  float fall_key[CHUNK];  // e^-gam |k|^-1; not factored: |k|^-1
+  float query[CHUNK];     // scale |q|^-1
+  float decay;            // e^gam_C
+  int factored;           // e^(gam_i - gam_j) may be computed as e^gam_i e^-gam_j
+  float padding[2];
+};
+
+struct TokenGates {
+  float gam[2];   // log2 of the decay from the chunk's start, inclusive
+  float beta[2];  // write strength
+  float total;    // gam of the chunk's last token
+};
+
+// `range`: a sequence's (or chunk's) batch entry, first token `begin` and number of `tokens`, past which nothing decays and
+// nothing is written; read again where needed: registers are short. `first`: the lane's first token, from `begin` on.
+template <typename Range>
+__device__ __forceinline__ TokenGates token_gates(const Gates& gates, const Range& range, int value_head, int first) {
+  constexpr float LOG2E = 1.44269504088896341f;
+  const int lane = first % 32;  // chunks begin at multiples of 64
+  TokenGates out;
+  float(&g)[2] = out.gam;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int token = first + 32 * i;
+    const bool inside = token < range.tokens;
+    g[i] = inside ? gates.log_decay(range.batch, range.begin + token, value_head) * LOG2E : 0.0f;
+    out.beta[i] = inside ? gates.write_strength(range.batch, range.begin + token, value_head) : 0.0f;
+  }
+  // -inf decays become finite, so that no difference of two is NaN; a NaN stays.
+#pragma unroll
+  for (int i = 0; i < 2; ++i) g[i] = g[i] < -1e4f ? -1e4f : g[i];
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const float a = __shfl_up_sync(~0u, g[0], step), b = __shfl_up_sync(~0u, g[1], step);
+    if (lane >= step) {
+      g[0] += a;
+      g[1] += b;
+    }
+  }
+  g[1] += __shfl_sync(~0u, g[0], 31);
+  out.total = __shfl_sync(~0u, g[1], 31);
+  return out;
+}
+
+// 1 / sqrt(sum of squares + eps) of rows `lane` and `lane + 32` of a tile of 64 x 128.
+template <typename T>
+__device__ __forceinline__ float2 inverse_norms(uint32_t tile, float eps, int lane) {
+  float sum[2] = {0.0f, 0.0f};
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+#pragma unroll 4
+    for (int i = 0; i < 16; ++i) {
+      const float4 x = load_shared_float4(tile + (i / 8) * 8192 + swizzled(lane + 32 * r, i % 8));
+      const float word[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float2 y = unpack<T>(__float_as_uint(word[j]));
+        sum[r] = fmaf(y.x, y.x, fmaf(y.y, y.y, sum[r]));
+      }
+    }
+  }
+  return {rsqrtf(sum[0] + eps), rsqrtf(sum[1] + eps)};
+}
+
+// `key`, `query`: |k|^-1 and |q|^-1 of the lane's tokens with l2 norm, else 1.
+__device__ __forceinline__ void fill_gates(ChunkGates& out, const TokenGates& tokens, float2 key, float2 query, float scale,
+                                           int lane) {
+  constexpr float FACTORED_BOUND = 64.0f;  // log2 of the chunk's decay up to which e^-gam is harmless
+  const bool factored = tokens.total > -FACTORED_BOUND;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int t = lane + 32 * i;
+    const float g = tokens.gam[i], beta = tokens.beta[i];
+    const float nk = i == 0 ? key.x : key.y, nq = scale * (i == 0 ? query.x : query.y);
+    const float rise = exp2_fast(g), fall = factored ? exp2_fast(-g) : 1.0f;
+    out.read[t] = rise * nk;
+    out.output[t] = rise * nq;
+    out.strength[t] = beta;
+    out.write[t] = beta * exp2_fast(tokens.total - g) * nk;
+    out.column[t] = beta * nk;
+    out.row[t] = nk;
+    out.gam[t] = g;
+    out.rise[t] = rise;
+    out.fall[t] = fall;
+    out.fall_key[t] = fall * nk;
+    out.query[t] = nq;
+  }
+  if (lane == 0) {
+    out.decay = exp2_fast(tokens.total);
+    out.factored = factored;
+  }
+}
+
+}  // namespace flashdelta::cuda
