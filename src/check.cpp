@@ -103,6 +103,7 @@ void check_options(const fd_problem& p) {
   check_enum("state_v_first", p.state_v_first, 1);
   check_enum("context_parallel", p.context_parallel, FD_CONTEXT_OFF);
   check_enum("reserved", p.reserved, 0);
+  if (p.workspace_limit < 0) refuse(FD_INVALID, "workspace_limit is ", p.workspace_limit, "; must be >= 0");
   if (p.gate == FD_GATE_LOG_PER_KEY) refuse(FD_UNSUPPORTED, "gate is FD_GATE_LOG_PER_KEY; no backend has it");
   if (p.allow_neg_eigval != 0 && p.beta != FD_BETA_LOGIT) {
     refuse(FD_INVALID,
@@ -416,6 +417,7 @@ fd_problem normalise(Operation operation, fd_problem p) {
   if (p.l2norm_eps == 0) p.l2norm_eps = 1e-6;
   if (p.context_bound == 0) p.context_bound = 0x1p-20;
   if (p.context_bound < 0) p.context_bound = 0;
+  if (p.workspace_limit == 0) p.workspace_limit = int64_t{640} << 20;
   if (fork_is_noticed != 0 || forked.load(std::memory_order_relaxed)) p.threads = 1;
   if (p.threads == 0) p.threads = std::clamp(omp_get_max_threads(), 1, max_threads);
   return p;

@@ -83,6 +83,22 @@ TEST(Backward, SegmentsChangeNoBit) {
   for (const int threads : {16, 64}) expect_same_bits(backward(c, d, {.backend = FD_BACKEND_CPU, .threads = threads}), one);
 }
 
+// 700 tokens are one segment; with a small workspace they are several.
+TEST(Backward, TheLimitOnTheWorkspaceChangesNoBit) {
+  const Case c{.name = "limit", .lengths = {700}, .H = 2, .HV = 4, .K = 64, .V = 64};
+  const Data d = make_data(c, 6);
+  fd_problem p{};
+  p.size = sizeof(p);
+  p.B = 1, p.T = 700, p.H = 2, p.HV = 4, p.K = p.V = 64, p.backend = FD_BACKEND_CPU;
+  std::size_t usual = 0, small = 0;
+  ASSERT_EQ(fd_backward_workspace(&p, &usual), FD_OK);
+  p.workspace_limit = 1 << 20;
+  ASSERT_EQ(fd_backward_workspace(&p, &small), FD_OK);
+  EXPECT_LT(small, usual);
+  expect_same_bits(backward(c, d, {.backend = FD_BACKEND_CPU, .workspace_limit = p.workspace_limit}),
+                   backward(c, d, {.backend = FD_BACKEND_CPU}));
+}
+
 TEST(Backward, SequenceAloneEqualsSequenceInPackedBatchBitwise) {
   const Data d = make_data(packed, 3);
   for_each_cpu_target([&](fd_backend backend) {

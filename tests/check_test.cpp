@@ -203,6 +203,8 @@ const Wrong wrong_calls[] = {
      "FD_GATE_LOG_PER_KEY; no backend has it"},
     {"unknown beta", forward, [](Call& c) { c.problem.beta = 3; }, FD_UNSUPPORTED, "beta is 3; this version knows 0 to 2"},
     {"flag of 2", forward, [](Call& c) { c.problem.qk_l2norm = 2; }, FD_UNSUPPORTED, "qk_l2norm is 2"},
+    {"workspace limit below zero", backward, [](Call& c) { c.problem.workspace_limit = -1; }, FD_INVALID,
+     "workspace_limit is -1; must be >= 0"},
     {"reserved set", forward, [](Call& c) { c.problem.reserved = 1; }, FD_UNSUPPORTED, "reserved is 1"},
     {"negative eigenvalues of plain beta", forward,
      [](Call& c) {

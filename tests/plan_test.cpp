@@ -131,6 +131,7 @@ TEST(Plan, DefaultsAreResolvedOnce) {
   EXPECT_DOUBLE_EQ(n.scale * n.scale * 128, 1);
   EXPECT_EQ(n.l2norm_eps, 1e-6);
   EXPECT_EQ(n.context_bound, 0x1p-20);
+  EXPECT_EQ(n.workspace_limit, int64_t{640} << 20);
   EXPECT_GE(n.threads, 1);
   p.context_bound = -1;
   EXPECT_EQ(normalise(Operation::forward, p).context_bound, 0);

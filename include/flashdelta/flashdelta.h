@@ -151,8 +151,10 @@ typedef struct fd_problem {
   int32_t allow_neg_eigval;        /* 1: write strength 2 * sigmoid(beta); only with FD_BETA_LOGIT */
   int32_t state_v_first;           /* 1: states are [.., HV, V, K] instead of [.., HV, K, V] */
   fd_context_parallel context_parallel;
-  int32_t threads;  /* CPU threads; 0: OpenMP's default. Results do not depend on it */
-  int32_t reserved; /* must be 0 */
+  int32_t threads;         /* CPU threads; 0: OpenMP's default. Results do not depend on it */
+  int32_t reserved;        /* must be 0 */
+  int64_t workspace_limit; /* bytes a backward's workspace should not exceed: it works in more passes over less memory; a
+                              backend takes the least it can if that is more. Results do not depend on it. 0: 640 MiB */
 } fd_problem;
 
 /* States and their rows. Sequence n starts from row initial_index[n] of initial_state (without an index: row n; absent or

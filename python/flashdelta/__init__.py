@@ -71,6 +71,7 @@ def _options(
     l2norm_eps: float = 1e-6,
     context_bound: float | None = None,
     backend: str = "auto",
+    workspace_limit: int | None = None,
 ) -> tuple[Any, ...]:
     """The trailing arguments of the operators, without those that are defaults all the way to the end."""
     if scale is None:
@@ -88,8 +89,10 @@ def _options(
     context = _number(_CONTEXT_PARALLEL, "context_parallel", context_parallel)
     bound = 0.0 if context_bound is None else context_bound or -1.0
     eps = 0.0 if l2norm_eps == 1e-6 else l2norm_eps
-    rest = (context, eps, bound, _number(_BACKENDS, "backend", backend))
-    return usual if rest == (0, 0.0, 0.0, 0) else (*usual, *rest)
+    if workspace_limit is not None and workspace_limit <= 0:
+        raise ValueError(f"workspace_limit is {workspace_limit}; must be positive, or None")
+    rest = (context, eps, bound, _number(_BACKENDS, "backend", backend), workspace_limit or 0)
+    return usual if rest == (0, 0.0, 0.0, 0, 0) else (*usual, *rest)
 
 
 def _check_tensors(
@@ -324,6 +327,7 @@ def forward(
     context_parallel: str | bool = "auto",
     context_bound: float | None = None,
     recompute: bool = False,
+    workspace_limit: int | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Whole sequences (prefill, training), differentiable in every floating-point tensor, with all options.
@@ -338,13 +342,16 @@ def forward(
             sequence's result does not depend on the rest of the batch.
         context_bound: relative weight below which the past may be dropped when splitting; None: 2^-20; 0: exact.
         recompute: True keeps nothing for the backward, which then computes it again: less memory, more time.
+        workspace_limit: bytes of temporary memory the backward should not exceed, as far as it can; None: 640 MiB. Gradients
+            do not depend on it.
         backend: "auto", or one of `backends()` by name.
 
     Returns, raises: as `chunk_gated_delta_rule`.
     """
     _check_tensors(q, k, v, g, beta, A_log, dt_bias, cu_seqlens, None if initial_index is not None else initial_state)
     options = _options(
-        scale, qk_l2norm, beta_logit, allow_neg_eigval, state_v_first, context_parallel, l2norm_eps, context_bound, backend
+        *(scale, qk_l2norm, beta_logit, allow_neg_eigval, state_v_first, context_parallel, l2norm_eps, context_bound),
+        *(backend, workspace_limit),
     )
     return _run(
         q,

@@ -56,6 +56,7 @@ class Problem(ctypes.Structure):
         *_members(c_int32, "device backend dtype gate_dtype beta_dtype A_log_dtype dt_bias_dtype"),
         *_members(c_int32, "initial_dtype final_dtype checkpoint_dtype cu_seqlens_dtype index_dtype"),
         *_members(c_int32, "gate beta qk_l2norm allow_neg_eigval state_v_first context_parallel threads reserved"),
+        ("workspace_limit", c_int64),
     )
 
 

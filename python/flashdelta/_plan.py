@@ -69,6 +69,7 @@ class Options(NamedTuple):
     l2norm_eps: float = 0.0
     context_bound: float = 0.0
     backend: int = 0
+    workspace_limit: int = 0
     checkpoint_interval: int = 0
 
 

@@ -29,7 +29,8 @@ _TRAIN = f"{_MAIN}, Tensor? cu_seqlens=None, Tensor? initial_state=None"
 _INPUTS = f"{_TRAIN}, Tensor? initial_index=None"
 _OPTIONS = (
     "float scale=0.0, bool qk_l2norm=False, bool beta_logit=False, bool allow_neg_eigval=False, bool state_v_first=False, "
-    "int context_parallel=0, float l2norm_eps=0.0, float context_bound=0.0, int backend=0"
+    "int context_parallel=0, float l2norm_eps=0.0, float context_bound=0.0, int backend=0, "
+    "int workspace_limit=0"
 )
 _GRADIENTS = ", ".join(["Tensor"] * 8)
 

@@ -27,8 +27,8 @@ namespace {
 
 constexpr std::int64_t C = kBackwardChunk;
 
-// Memory for S and R of all threads together, in floats; more chunks than fit make more segments, each of which costs the
-// forward chain once more (a sixth of the time).
+// Memory for S and R of all threads together, in floats, if the call does not ask for less; more chunks than fit make more
+// segments, each of which costs the forward chain once more (a sixth of the time).
 constexpr std::int64_t kStoredFloats = 24 << 20;
 constexpr std::int64_t kLeastChunks = 8;  // of a segment, whatever it takes
 
@@ -74,12 +74,13 @@ struct UnitPlan {
   std::int64_t count, chunks, segments, size;
   bool split;
 
-  UnitPlan(const BackwardShape& s, std::int64_t units, std::int64_t tokens, bool is_split) : count(units), split(is_split) {
-    const std::int64_t all = std::max<std::int64_t>(1, chunks_of(tokens));
+  UnitPlan(const BackwardShape& s, std::int64_t units, const fd_problem& p, bool is_split) : count(units), split(is_split) {
+    const std::int64_t all = std::max<std::int64_t>(1, chunks_of(p.T));
     const std::int64_t floats = s.state() + C * s.width + (split ? Partial::size(s) : 0);
+    const std::int64_t stored = std::min(kStoredFloats, p.workspace_limit / static_cast<std::int64_t>(sizeof(float)));
     // Below the root of all chunks, the states at the segments' starts would take more than a segment does.
     const auto root = static_cast<std::int64_t>(std::sqrt(static_cast<double>(all)));
-    const std::int64_t room = std::max({kLeastChunks, root, kStoredFloats / std::max<std::int64_t>(1, count * floats)});
+    const std::int64_t room = std::max({kLeastChunks, root, stored / std::max<std::int64_t>(1, count * floats)});
     segments = (all + room - 1) / room;
     chunks = (all + segments - 1) / segments;
     Arena counted;
@@ -123,8 +124,8 @@ struct Layout {
       : shape(p),
         workers(std::clamp<std::int64_t>(p.N * p.H * (may_split(p) ? std::max(shape.units(), chunks_of(p.T)) : 1), 1,
                                          p.threads)),
-        whole(shape, std::clamp<std::int64_t>(p.N * p.H, 1, p.threads) * shape.units(), p.T, false),
-        split(shape, may_split(p) ? split_sequences(p, shape) * p.H * shape.units() : 0, p.T, true),
+        whole(shape, std::clamp<std::int64_t>(p.N * p.H, 1, p.threads) * shape.units(), p, false),
+        split(shape, may_split(p) ? split_sequences(p, shape) * p.H * shape.units() : 0, p, true),
         slots(p.B == 1 ? p.T / C + p.N : p.N * chunks_of(p.T)) {
     Arena m(memory);
     parameter_sums = m.take<double>(2 * slots * p.HV);

@@ -58,6 +58,9 @@ class Call {
     problem.allow_neg_eigval = c.allow_neg_eigval ? 1 : 0;
     problem.state_v_first = c.v_first ? 1 : 0;
     problem.threads = setting.threads;
+    problem.context_parallel = setting.context_parallel;
+    problem.context_bound = setting.context_bound;
+    problem.workspace_limit = setting.workspace_limit;
   }
 
   // The members that all operations have.
@@ -329,7 +332,7 @@ Results backward(const Case& c, const Data& d, const Setting& setting) {
     args.saved_bytes = saved.size();
   }
   return call.run(fd_backward_workspace,
-                  [&](Memory& workspace) { return fd_backward(&args, workspace.data(), workspace.size(), nullptr); });
+                  [&](Memory& workspace) { return setting.backward(&args, workspace.data(), workspace.size(), nullptr); });
 }
 
 }  // namespace flashdelta::testing

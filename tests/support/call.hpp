@@ -30,11 +30,15 @@ class Remote {
 struct Setting {
   fd_backend backend = FD_BACKEND_AUTO;
   int threads = 1;
-  bool float64 = false;      // every floating-point tensor is fp64, whatever the case says
-  bool saved = false;        // backward reuses what the forward call saved
+  bool float64 = false;  // every floating-point tensor is fp64, whatever the case says
+  bool saved = false;    // backward reuses what the forward call saved
+  fd_context_parallel context_parallel = FD_CONTEXT_AUTO;
+  double context_bound = 0;
+  std::int64_t workspace_limit = 0;
   Remote* remote = nullptr;  // runs on the CUDA device it stands for (forward and step)
-  // What forward() calls: the library, or other code with the same contract.
+  // What forward() and backward() call: the library, or other code with the same contract.
   decltype(&fd_forward) forward = fd_forward;
+  decltype(&fd_backward) backward = fd_backward;
 };
 
 // The definition of correct: the reference backend, with inputs and outputs in fp64.
