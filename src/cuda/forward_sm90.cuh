@@ -137,8 +137,7 @@ template <int STATE>
 __device__ __forceinline__ void load_values(const ForwardParameters& p, SharedMemory<STATE>& shared, int lane) {
   Ring ring, items;
   for (Item item = take_item(shared, items, lane); item.sequence >= 0; item = take_item(shared, items, lane)) {
-    if (lane != 0) continue;
-    for (int c = 0; c < item.chunks; ++c) {
+    for (int c = 0; lane == 0 && c < item.chunks; ++c) {
       wait_free(shared, V_FREE, ring);
       const uint32_t full = barrier_address(shared, V_FULL, ring.stage);
       barrier_arrive_expect(full, Shape<STATE>::V_BYTES);
@@ -150,6 +149,7 @@ __device__ __forceinline__ void load_values(const ForwardParameters& p, SharedMe
       }
       ring.next<Shape<STATE>::V>();
     }
+    __syncwarp();  // lanes that went on to wait for the next item would take lane 0's turns
   }
 }
 
@@ -158,8 +158,7 @@ template <int STATE>
 __device__ __forceinline__ void store_outputs(const ForwardParameters& p, SharedMemory<STATE>& shared, int lane) {
   Ring ring, items;
   for (Item item = take_item(shared, items, lane); item.sequence >= 0; item = take_item(shared, items, lane)) {
-    if (lane != 0) continue;
-    for (int c = 0; c < item.chunks; ++c) {
+    for (int c = 0; lane == 0 && c < item.chunks; ++c) {
       wait_full(shared, O_FULL, ring);
       const Place at = place(p, item, c * CHUNK);
 #pragma unroll
@@ -172,6 +171,7 @@ __device__ __forceinline__ void store_outputs(const ForwardParameters& p, Shared
       barrier_arrive(barrier_address(shared, O_FREE, ring.stage));
       ring.next<Shape<STATE>::O>();
     }
+    __syncwarp();
   }
   if (lane == 0) stores_wait();
 }
@@ -379,12 +379,14 @@ __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemo
       fence_async_shared();
       arrive(shared, O_FULL, outputs, lane);
 
-      if (p.checkpoint_interval != 0) {
-        const int64_t done = static_cast<int64_t>(c + 1) * CHUNK;
-        if (done <= item.tokens && done % p.checkpoint_interval == 0) {
-          const int64_t row = p.checkpoints.row(item.sequence, done / p.checkpoint_interval - 1);
-          store_state(p.checkpoints, v_first, row, item.value_head, s, item.first_value + value, column);
-        }
+      const int done = (c + 1) * CHUNK;
+      if (p.checkpoint_interval != 0 && done <= item.tokens && done % p.checkpoint_interval == 0) {
+        const int64_t row = p.checkpoints.row(item.sequence, done / p.checkpoint_interval - 1);
+        store_state(p.checkpoints, v_first, row, item.value_head, s, item.first_value + value, column);
+      }
+      if (p.saved != nullptr && done < item.tokens && done % SEGMENT == 0) {
+        const int64_t row = saved_row(item.batch * p.sequences.T + item.begin + done) * p.value_heads + item.value_head;
+        store_state(p.saved + (row * p.values + item.first_value) * KEYS, s, value, column);
       }
     }
     store_state(p.final, v_first, p.final.row(item.sequence, 0), item.value_head, s, item.first_value + value, column);
