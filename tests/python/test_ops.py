@@ -149,6 +149,18 @@ def test_activation_checkpointing(reentrant: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_the_limit_on_the_workspace_changes_no_bit() -> None:
+    results = []
+    for limit in (None, 1 << 20):
+        leaves = [t.requires_grad_() for t in inputs(T=700)]
+        o, final = flashdelta.forward(*leaves[:-1], initial_state=leaves[-1], output_final_state=True, workspace_limit=limit)
+        (o.sum() + final.sum()).backward()
+        results.append([leaf.grad for leaf in leaves])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    with pytest.raises(ValueError, match="workspace_limit is 0"):
+        flashdelta.forward(*inputs(T=1)[:-1], workspace_limit=0)
+
+
 def test_meta_tensors_have_shapes_alone() -> None:
     *main, state = (t.to("meta") for t in inputs(T=70, dtype=torch.bfloat16))
     o, final = flashdelta.chunk_gated_delta_rule(*main, initial_state=state, output_final_state=True)
@@ -160,4 +172,4 @@ def test_meta_tensors_have_shapes_alone() -> None:
 def test_operators_name_their_options() -> None:
     for operator in (ops.forward, ops.forward_train, ops.backward, ops.forward_, ops.step, ops.step_):
         names = [argument.name for argument in operator._schema.arguments]
-        assert names[-9:] == list(ops.Options._fields[:9])
+        assert names[-10:] == list(ops.Options._fields[:10])
