@@ -8,7 +8,7 @@
 
 namespace flashdelta::emulation {
 
-constexpr int WARP = 32, MAX_THREADS = 512, MAX_WARPS = MAX_THREADS / WARP;
+constexpr int WARP = 32, MAX_THREADS = 1024, MAX_WARPS = MAX_THREADS / WARP;
 constexpr int SHARED_BYTES = 227 * 1024;  // what a block may have on Hopper
 
 // In which order the threads that can go on do so. Results must not depend on it.
