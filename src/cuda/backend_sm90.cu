@@ -44,7 +44,11 @@ std::string unsupported(Operation operation, const fd_problem& p) {
 std::size_t workspace(Operation operation, const fd_problem& p) {
   return operation == Operation::forward && p.N > 1 ? COUNTER_BYTES + static_cast<std::size_t>(p.N) * sizeof(int) : 0;
 }
-std::size_t nothing_saved(const fd_problem&) { return 0; }
+
+// States for the backward, one per segment of 2,048 tokens; shorter sequences have none.
+std::size_t saved(const fd_problem& p) {
+  return p.T <= SEGMENT ? 0 : static_cast<std::size_t>(saved_rows(p.B * p.T) * p.HV * p.V * p.K) * sizeof(float);
+}
 
 struct OrderParameters {
   Sequences sequences;
@@ -84,6 +88,9 @@ fd_status forward(const fd_forward_args& args, void* workspace, void* stream) {
   if (device == nullptr) return checked(error, "fd_forward: the current device");
   if (device->major != 9 || device->minor != 0)
     return fail(FD_UNSUPPORTED, std::string("fd_forward: ") + device->name + " is not a Hopper GPU");
+  if (reinterpret_cast<uintptr_t>(args.saved) % 16 != 0) {
+    return fail(FD_UNSUPPORTED, "fd_forward: saved is not aligned to 16 bytes; sm90 needs that");
+  }
   const int blocks = half_values(p, device->sm_count) ? 1 : 2;
   const int64_t items = p.N * p.HV * (p.V / (VALUES * blocks));
   if (items == 0) return FD_OK;
@@ -105,8 +112,10 @@ fd_status forward(const fd_forward_args& args, void* workspace, void* stream) {
       .order = nullptr,
       .next_item = nullptr,
       .checkpoint_interval = args.checkpoints.data == nullptr ? 0 : p.checkpoint_interval,
+      .saved = saved(p) == 0 ? nullptr : static_cast<float*>(args.saved),
       .heads = static_cast<int>(p.H),
       .value_heads = static_cast<int>(p.HV),
+      .values = static_cast<int>(p.V),
       .value_blocks = static_cast<int>(p.V / (VALUES * blocks)),
       .items = static_cast<int>(items),
       .state_v_first = p.state_v_first,
@@ -146,7 +155,7 @@ const Backend sm90_backend = {
     .description = cuda::describe_device,
     .unsupported = cuda::unsupported,
     .workspace = cuda::workspace,
-    .saved = cuda::nothing_saved,
+    .saved = cuda::saved,
     .forward = cuda::forward,
     .backward = cuda::not_here<fd_backward_args>,
     .step = cuda::not_here<fd_step_args>,

@@ -18,7 +18,8 @@ struct ForwardParameters {
   const int* order;         // [N] sequences, longest first; null: as they come
   unsigned int* next_item;  // null: items are dealt out in turn
   int64_t checkpoint_interval;
-  int heads, value_heads, value_blocks, items;
+  float* saved;  // [saved_rows][HV][V][K], states before every segment but a sequence's first; null: not wanted
+  int heads, value_heads, values, value_blocks, items;
   int state_v_first;
   float scale, l2norm_eps;
 };

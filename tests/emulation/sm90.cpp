@@ -33,9 +33,9 @@ fd_status forward(const fd_forward_args* call, void*, std::size_t, void*) try {
   const fd_problem given = read(args.problem);
   const fd_problem problem = normalise(Operation::forward, given);
   args.problem = &problem;
-  check(args, given.N > 0, {"saved", nullptr, 0, true}, {"workspace", nullptr, 0, true});
   const std::string reason = sm90_backend.unsupported(Operation::forward, problem);
   if (!reason.empty()) return fail(FD_UNSUPPORTED, reason);
+  check(args, given.N > 0, {"saved", args.saved, sm90_backend.saved(problem), true}, {"workspace", nullptr, 0, true});
 
   cuda::device.sm_count = hopper.sm_count;
   cuda::schedule = hopper.schedule;
