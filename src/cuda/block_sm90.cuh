@@ -1,5 +1,5 @@
 // What the blocks of all Hopper kernels do alike: rings of stages with their barriers, and states between memory and the
-// registers of a warpgroup. A block's shared memory has `uint64_t barriers[BARRIERS][MAX_STAGES]`.
+// registers of a warpgroup. A block's shared memory has `uint64_t barriers[BARRIERS][stages]`, MAX_STAGES of them or more.
 #pragma once
 
 #include "cuda/inputs.cuh"
@@ -50,8 +50,9 @@ __device__ __forceinline__ void arrive(Shared& shared, int barrier, const Ring& 
 // By one thread, before any other touches a barrier; all threads meet afterwards.
 template <typename Shared, int BARRIERS>
 __device__ __forceinline__ void init_barriers(Shared& shared, const int (&arrivals)[BARRIERS]) {
+  constexpr int STAGES = sizeof(shared.barriers[0]) / sizeof(shared.barriers[0][0]);
   for (int b = 0; b < BARRIERS; ++b) {
-    for (int i = 0; i < MAX_STAGES; ++i) barrier_init(barrier_address(shared, b, i), arrivals[b]);
+    for (int i = 0; i < STAGES; ++i) barrier_init(barrier_address(shared, b, i), arrivals[b]);
   }
   barrier_init_fence();
   fence_async_shared();

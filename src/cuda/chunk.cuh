@@ -124,8 +124,9 @@ __device__ __forceinline__ void solve_rows(uint32_t (&out)[4][4], uint32_t lower
 
 // Makes both tiles of one chunk. The warpgroup's 128 threads; `barrier`: their named barrier. On entry K, Q (64 x 128, two
 // halves of 64 columns, 8 KB each) and `gates` are in shared memory and the tiles' space is free; on return the tiles are
-// written and fenced for wgmma: `tile_t` is T transposed, `tile_p` is P, 64 x 64, swizzled.
-template <typename T, bool NORM>
+// written and fenced for wgmma: `tile_t` is T transposed, `tile_p` is P, 64 x 64, swizzled. Without QUERIES there is no Q,
+// and `tile_p` is scratch.
+template <typename T, bool NORM, bool QUERIES = true>
 __device__ __forceinline__ void make_tiles(uint32_t tile_k, uint32_t tile_q, uint32_t tile_t, uint32_t tile_p,
                                            uint32_t inverses, const ChunkGates& gates, int barrier, int warp, int lane_) {
   const int lane = opaque(lane_);
@@ -180,27 +181,31 @@ __device__ __forceinline__ void make_tiles(uint32_t tile_k, uint32_t tile_q, uin
     }
   }
   // Q K^T runs while the diagonal blocks are inverted; together with K K^T it would take too many registers.
-  float qk[32];
-  wgmma_fence();
+  [[maybe_unused]] float qk[32];
+  if constexpr (QUERIES) {
+    wgmma_fence();
 #pragma unroll
-  for (int k = 0; k < 8; ++k) {
-    const uint64_t a = matrix_descriptor(tile_q + (k / 4) * 8192 + (k % 4) * 32, 16);
-    const uint64_t b = matrix_descriptor(tile_k + (k / 4) * 8192 + (k % 4) * 32, 16);
-    if (k == 0) {
-      wgmma<T, true>(qk, a, b);
-    } else {
-      wgmma<T, false>(qk, a, b);
+    for (int k = 0; k < 8; ++k) {
+      const uint64_t a = matrix_descriptor(tile_q + (k / 4) * 8192 + (k % 4) * 32, 16);
+      const uint64_t b = matrix_descriptor(tile_k + (k / 4) * 8192 + (k % 4) * 32, 16);
+      if (k == 0) {
+        wgmma<T, true>(qk, a, b);
+      } else {
+        wgmma<T, false>(qk, a, b);
+      }
     }
+    wgmma_commit();
   }
-  wgmma_commit();
   __syncwarp();
   invert_diagonal(diagonal, inverses + warp * INVERSE_BYTES, lane);
 
   // P, rounded, its blocks right of the diagonal zero.
-  wgmma_wait<0>();
-  accumulators_ready(qk);
+  if constexpr (QUERIES) {
+    wgmma_wait<0>();
+    accumulators_ready(qk);
+  }
   named_barrier(barrier, 128);  // L and the diagonal inverses are written; the diagonal blocks are read
-  {
+  if constexpr (QUERIES) {
     const bool factored = gates.factored != 0;
     const float r0 = factored ? gates.output[row] : gates.query[row],
                 r1 = factored ? gates.output[row + 8] : gates.query[row + 8];

@@ -111,4 +111,19 @@ __device__ __forceinline__ void fill_gates(ChunkGates& out, const TokenGates& to
   }
 }
 
+// The same for scratch memory.
+__device__ __forceinline__ void fill_vectors(ChunkVectors& out, const TokenGates& tokens, float2 key, float2 query,
+                                             int lane) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int t = lane + 32 * i;
+    out.gam[t] = tokens.gam[i];
+    out.rise[t] = exp2_fast(tokens.gam[i]);
+    out.end[t] = exp2_fast(tokens.total - tokens.gam[i]);
+    out.beta[t] = tokens.beta[i];
+    out.key[t] = i == 0 ? key.x : key.y;
+    out.query[t] = i == 0 ? query.x : query.y;
+  }
+}
+
 }  // namespace flashdelta::cuda
