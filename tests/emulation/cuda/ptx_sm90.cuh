@@ -54,6 +54,15 @@ template <typename T>
 T __shfl_up_sync(unsigned, T x, int distance) {
   return shuffle(x, emulation::block.lane() - distance);
 }
+template <typename T>
+T __shfl_down_sync(unsigned, T x, int distance) {
+  const int source = emulation::block.lane() + distance;
+  return shuffle(x, source < emulation::WARP ? source : -1);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned, T x, int mask) {
+  return shuffle(x, emulation::block.lane() ^ mask);
+}
 
 // --- shared memory by address
 
