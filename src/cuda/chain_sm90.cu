@@ -1,0 +1,33 @@
+#include <algorithm>
+
+#include "cuda/chain_sm90.cuh"
+#include "cuda/device.hpp"
+
+namespace flashdelta::cuda {
+namespace {
+
+template <typename T, int STATE>
+fd_status launch_chain_variant(const ChainParameters& p, int items, int sm_count, void* stream) {
+  const Launch config{.name = "chain_kernel",
+                      .grid = dim3(static_cast<unsigned>(std::min(items, sm_count))),
+                      .block = dim3(chain::Shape<STATE>::THREADS),
+                      .shared = sizeof(chain::SharedMemory<STATE>)};
+  return launch(chain::chain_kernel<T, STATE>, config, p, stream);
+}
+
+template <typename T>
+fd_status launch_chain_type(const ChainParameters& p, int sm_count, void* stream) {
+  // Blocks of 64 values where they all run at once, as in the forward; two blocks of values in one read K, Q, T, P once.
+  const int items = p.piece_count * p.scratch.value_heads * p.scratch.value_blocks;
+  if (items == 0) return FD_OK;
+  return p.scratch.value_blocks % 2 != 0 || items <= sm_count ? launch_chain_variant<T, 1>(p, items, sm_count, stream)
+                                                              : launch_chain_variant<T, 2>(p, items / 2, sm_count, stream);
+}
+
+}  // namespace
+
+fd_status launch_chain(const ChainParameters& p, bool bfloat16, int sm_count, void* stream) {
+  return bfloat16 ? launch_chain_type<__nv_bfloat16>(p, sm_count, stream) : launch_chain_type<__half>(p, sm_count, stream);
+}
+
+}  // namespace flashdelta::cuda
