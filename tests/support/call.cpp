@@ -19,18 +19,27 @@ void require(bool condition, const std::string& message) {
 // visit(pointer) for every pointer to memory in the arguments of a forward call or a step.
 template <typename Args, typename Visit>
 void for_each_pointer(Args& args, Visit visit) {
-  for (fd_tensor* t : {&args.q, &args.k, &args.v, &args.g, &args.beta, &args.A_log, &args.dt_bias, &args.initial_state,
-                       &args.o, &args.final_state}) {
+  for (fd_tensor* t : {&args.q, &args.k, &args.v, &args.g, &args.beta, &args.A_log, &args.dt_bias, &args.initial_state}) {
     visit(t->data);
   }
   visit(args.initial_index.data);
-  visit(args.final_index.data);
   visit(args.cu_seqlens);
-  if constexpr (requires { args.accepted; }) {
-    visit(args.accepted);
-  } else {
+  if constexpr (requires { args.o; }) {
+    visit(args.o.data);
+    visit(args.final_state.data);
+    visit(args.final_index.data);
+  }
+  if constexpr (requires { args.accepted; }) visit(args.accepted);
+  if constexpr (requires { args.checkpoints; }) {
     visit(args.checkpoints.data);
     visit(args.checkpoint_index.data);
+  }
+  if constexpr (requires { args.saved; }) visit(args.saved);
+  if constexpr (requires { args.do_; }) {
+    for (fd_tensor* t : {&args.do_, &args.dfinal_state, &args.dq, &args.dk, &args.dv, &args.dg, &args.dbeta, &args.dA_log,
+                         &args.ddt_bias, &args.dinitial_state}) {
+      visit(t->data);
+    }
   }
 }
 
@@ -132,15 +141,18 @@ class Call {
 
   const void* accepted() const { return accepted_; }
 
-  // Calls operation(args, workspace, bytes, stream), on the setting's device.
+  // Calls operation(args, workspace, bytes, stream), on the setting's device. `saved`: memory that the arguments point to
+  // besides their tensors.
   template <typename Args, typename Query>
-  Results run_operation(Args args, Query query, fd_status (*operation)(const Args*, void*, std::size_t, void*)) {
+  Results run_operation(Args args, Query query, fd_status (*operation)(const Args*, void*, std::size_t, void*),
+                        Memory* saved = nullptr) {
     if (setting_.remote == nullptr) {
       return run(query, [&](Memory& workspace) { return operation(&args, workspace.data(), workspace.size(), nullptr); });
     }
     Remote& remote = *setting_.remote;
     return run(query, [&](Memory& workspace) {
       std::vector<std::span<unsigned char>> blocks = {workspace.block()};
+      if (saved != nullptr) blocks.push_back(saved->block());
       for (auto& [name, t] : tensors_) blocks.push_back(t.memory().block());
       const auto bytes_of = [](auto& v) {
         return std::span(reinterpret_cast<unsigned char*>(v.data()), std::span(v).size_bytes());
@@ -281,8 +293,7 @@ void fill_saved(const Case& c, const Data& d, const Setting& setting, Memory& sa
   args.o = call.output("o", c.dtype, d.v.shape);
   args.saved = saved.data();
   args.saved_bytes = saved.size();
-  call.run(fd_forward_workspace,
-           [&](Memory& workspace) { return fd_forward(&args, workspace.data(), workspace.size(), nullptr); });
+  call.run_operation(args, fd_forward_workspace, setting.forward, &saved);
   require(saved.guards_intact(), "the call wrote outside `saved`");
 }
 
@@ -326,13 +337,11 @@ Results backward(const Case& c, const Data& d, const Setting& setting) {
   std::size_t saved_bytes = 0;
   require(fd_forward_saved(&call.problem, &saved_bytes) == FD_OK, fd_last_error());
   Memory saved(setting.saved ? saved_bytes : 0);
-  if (saved.size() > 0) {
-    fill_saved(c, d, setting, saved);
-    args.saved = saved.data();
-    args.saved_bytes = saved.size();
-  }
-  return call.run(fd_backward_workspace,
-                  [&](Memory& workspace) { return setting.backward(&args, workspace.data(), workspace.size(), nullptr); });
+  if (saved.size() == 0) return call.run_operation(args, fd_backward_workspace, setting.backward);
+  fill_saved(c, d, setting, saved);
+  args.saved = saved.data();
+  args.saved_bytes = saved.size();
+  return call.run_operation(args, fd_backward_workspace, setting.backward, &saved);
 }
 
 }  // namespace flashdelta::testing

@@ -35,7 +35,7 @@ struct Setting {
   fd_context_parallel context_parallel = FD_CONTEXT_AUTO;
   double context_bound = 0;
   std::int64_t workspace_limit = 0;
-  Remote* remote = nullptr;  // runs on the CUDA device it stands for (forward and step)
+  Remote* remote = nullptr;  // runs on the CUDA device it stands for
   // What forward() and backward() call: the library, or other code with the same contract.
   decltype(&fd_forward) forward = fd_forward;
   decltype(&fd_backward) backward = fd_backward;
