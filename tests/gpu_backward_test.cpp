@@ -15,7 +15,7 @@ namespace {
 
 Results on_gpu(const Case& c, const Data& d, How how = How::null_stream, bool saved = true, std::int64_t limit = 0) {
   Gpu gpu(how);
-  return backward(c, d, {.backend = FD_BACKEND_SM90, .saved = saved, .remote = &gpu, .workspace_limit = limit});
+  return backward(c, d, {.backend = FD_BACKEND_SM90, .saved = saved, .workspace_limit = limit, .remote = &gpu});
 }
 
 class Sm90Backward : public ::testing::Test {
