@@ -87,21 +87,23 @@ __device__ __forceinline__ void make_gates(const PrepareParameters& p, SharedMem
   const int group = p.scratch.value_heads / p.heads;
   Ring ring;
   uint32_t unit = 0;  // (chunk, value head) so far
-  for (int count = 0;; ++count, unit += static_cast<uint32_t>(group)) {
+  for (int count = 0;; ++count) {
     wait_full(shared, KQ_FULL, ring);
     const Item item = shared.items[ring.stage];
     if (item.slot < 0) break;
-    if (count % GATE_WARPS == turn) {
-      float2 key = {1.0f, 1.0f}, query = {1.0f, 1.0f};
-      if constexpr (NORM) {
-        key = inverse_norms<T>(shared_address(shared.k[ring.stage]), p.l2norm_eps, lane);
-        if constexpr (QUERIES) query = inverse_norms<T>(shared_address(shared.q[ring.stage]), p.l2norm_eps, lane);
-      }
-      for (int i = 0; i < group; ++i) {
-        const int value_head = item.head * group + i;
-        const TokenGates tokens = token_gates(p.gates, item, value_head, lane);
-        const Ring gates = ring_at<GATE_STAGES>(unit + static_cast<uint32_t>(i));
-        wait_free(shared, GATES_FREE, gates);
+    const bool mine = count % GATE_WARPS == turn;
+    float2 key = {1.0f, 1.0f}, query = {1.0f, 1.0f};
+    if (NORM && mine) {
+      key = inverse_norms<T>(shared_address(shared.k[ring.stage]), p.l2norm_eps, lane);
+      if constexpr (QUERIES) query = inverse_norms<T>(shared_address(shared.q[ring.stage]), p.l2norm_eps, lane);
+    }
+    for (int i = 0; i < group; ++i, ++unit) {
+      const Ring gates = ring_at<GATE_STAGES>(unit);
+      const int value_head = item.head * group + i;
+      TokenGates tokens;
+      if (mine) tokens = token_gates(p.gates, item, value_head, lane);
+      wait_free(shared, GATES_FREE, gates);  // of the others' stages too: a phase that is not waited for may pass twice
+      if (mine) {
         fill_gates(shared.gates[gates.stage], tokens, key, query, p.scale, lane);
         arrive(shared, GATES_FULL, gates, lane);
         fill_vectors(p.scratch.vectors[p.scratch.head(item.slot, value_head)], tokens, key, query, lane);
@@ -149,6 +151,8 @@ __device__ __forceinline__ void make_all_tiles(const PrepareParameters& p, Share
   if (stores) stores_wait();
 }
 
+}  // namespace
+
 template <typename T, bool NORM, bool QUERIES>
 __global__ void __launch_bounds__(THREADS, 1) prepare_kernel(const __grid_constant__ PrepareParameters p) {
   extern __shared__ __align__(1024) uint8_t raw[];
@@ -171,6 +175,8 @@ __global__ void __launch_bounds__(THREADS, 1) prepare_kernel(const __grid_consta
     load_items<QUERIES>(p, shared);
   }
 }
+
+namespace {
 
 template <typename T, bool NORM, bool QUERIES>
 fd_status launch_variant(const PrepareParameters& p, int sm_count, void* stream) {
