@@ -3,10 +3,10 @@
 //
 // What it shows: the algebra of a chunk; the layouts of fragments, swizzled tiles, matrix descriptors and tensor maps,
 // ragged ones included; who arrives at which barrier, in which phase, how often, and that nobody waits for ever, whichever
-// thread goes first; which bytes of the outputs are written; the rounding of every 16-bit operand. What it cannot show:
-// anything asynchronous (copies and matrix multiplications end at once, so a missing wait or fence is not seen), the order
-// of sums inside the tensor cores, approximate functions, registers, speed. tests/gpu_forward_test.cpp runs the same
-// contract on a GPU.
+// thread goes first; which bytes of the outputs are written; the rounding of every 16-bit operand; copies and matrix
+// multiplications that end as late as they may, proxy fences left out (asynchrony_test.cpp). What it cannot show: the order
+// of sums inside the tensor cores, approximate functions, registers, speed, and hand-overs of plain variables in shared
+// memory that hold in every order tried. tests/gpu_forward_test.cpp runs the same contract on a GPU.
 #include <gtest/gtest.h>
 
 #include <cstdint>
@@ -112,9 +112,9 @@ TEST(Emulation, TheOrderOfThreadsDoesNotMatter) {
   const Data d = make_data(c, 2);
   for (const int sm_count : {FEW_SMS, MANY_SMS}) {
     const Results want = emulated(c, d, sm_count);
-    for (const Schedule schedule : {Schedule::backward, Schedule::shuffled}) {
-      expect_same_bits(emulated(c, d, sm_count, schedule), want);
-    }
+    expect_same_bits(emulated(c, d, sm_count, Schedule::backward), want);
+    for (emulation::seed = 1; emulation::seed <= 8; ++emulation::seed)
+      expect_same_bits(emulated(c, d, sm_count, Schedule::shuffled), want);
   }
 }
 
@@ -137,6 +137,7 @@ TEST(Emulation, RandomPackedBatchesMatchTheReference) {
     c.checkpoint_interval = 64 * below(3);
     const Data d = make_data(c, 5 + i);
     SCOPED_TRACE(describe(c));
+    emulation::seed = static_cast<std::uint32_t>(i);
     expect_close(c, d, emulated(c, d, i % 2 == 0 ? FEW_SMS : MANY_SMS, Schedule::shuffled), forward(c, d, reference),
                  limit(c));
   }

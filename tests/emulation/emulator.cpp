@@ -9,9 +9,12 @@
 #include <stdexcept>
 #include <vector>
 
+#include "tests/emulation/asynchrony.hpp"
+
 namespace flashdelta::emulation {
 
 Block block;
+std::uint32_t seed = 1;
 
 namespace {
 
@@ -30,6 +33,14 @@ ucontext_t scheduler;
 std::array<Fibre, MAX_THREADS> fibres;
 const std::function<void()>* program;
 std::string failure;
+Schedule schedule_now;
+std::mt19937 random_numbers;
+
+struct Work {
+  Kind kind;
+  std::function<void()> run;
+};
+std::vector<Work> to_do;  // in the order in which it was given
 
 Fibre& current() { return fibres[static_cast<std::size_t>(block.thread)]; }
 
@@ -49,6 +60,33 @@ std::string who_waits() {
     if (waiting > 0) list += " " + std::to_string(warp) + " (" + std::to_string(waiting) + " lanes)";
   }
   return list;
+}
+
+// Does piece `i` of what is to do.
+void work(std::size_t i) {
+  const Work piece = std::move(to_do[i]);
+  to_do.erase(to_do.begin() + static_cast<std::ptrdiff_t>(i));
+  block.thread = -1;
+  piece.run();
+}
+
+std::size_t below(std::size_t n) { return random_numbers() % n; }
+
+void work_when_all_wait() {
+  std::size_t best = 0;
+  if (chance(2)) {
+    best = below(to_do.size());
+  } else {
+    const bool reversed = schedule_now == Schedule::backward || (schedule_now == Schedule::shuffled && seed / 2 % 2 == 1);
+    for (std::size_t i = 1; i < to_do.size(); ++i) {
+      if (reversed ? to_do[i].kind >= to_do[best].kind : to_do[i].kind < to_do[best].kind) best = i;
+    }
+  }
+  work(best);
+}
+
+bool all_ended() {
+  return std::all_of(fibres.begin(), fibres.begin() + block.threads, [](const Fibre& f) { return f.ended; });
 }
 
 }  // namespace
@@ -74,26 +112,54 @@ void run_block(int threads, Schedule schedule, const std::function<void()>& body
   std::vector<int> order(static_cast<std::size_t>(threads));
   std::iota(order.begin(), order.end(), 0);
   if (schedule == Schedule::backward) std::reverse(order.begin(), order.end());
-  std::mt19937 random(1);
+  schedule_now = schedule;
+  random_numbers.seed(seed);
+  to_do.clear();
+  reset_asynchrony();
   for (bool any = true; any;) {
     any = false;
-    if (schedule == Schedule::shuffled) std::shuffle(order.begin(), order.end(), random);
+    unsigned held = 0;  // warps, in this round
+    if (schedule == Schedule::shuffled) {
+      std::shuffle(order.begin(), order.end(), random_numbers);
+      held = random_numbers() & random_numbers();
+      while (seed % 2 == 0 && !to_do.empty() && chance(4)) work(below(to_do.size()));
+    }
     for (const int thread : order) {
       Fibre& fibre = fibres[static_cast<std::size_t>(thread)];
       if (!fibre.ready()) continue;
       any = true;
+      if ((held >> thread / WARP & 1) != 0) continue;
       fibre.word = nullptr;
       block.thread = thread;
       resumed(thread);
       swapcontext(&scheduler, &fibre.context);
       if (!failure.empty()) throw std::runtime_error("thread " + std::to_string(thread) + ": " + failure);
     }
+    if (!any && !to_do.empty()) {
+      if (all_ended() && std::any_of(to_do.begin(), to_do.end(), [](const Work& w) { return w.kind <= Kind::store; }))
+        throw std::runtime_error("the block ended while its shared memory was in use");
+      work_when_all_wait();
+      any = true;
+    }
   }
   const std::string waiting = who_waits();
   if (!waiting.empty()) throw std::runtime_error("nobody can go on; these warps wait:" + waiting);
+  block.thread = -1;
+  check_warpgroups();
+}
+
+void later(Kind kind, std::function<void()> run) { to_do.push_back({kind, std::move(run)}); }
+
+bool chance(unsigned one_in) { return schedule_now == Schedule::shuffled && random_numbers() % one_in == 0; }
+
+void pause() {
+  unsigned gone_by = 0;
+  later(Kind::pause, [&gone_by] { gone_by = 1; });
+  wait_while(gone_by, 0);
 }
 
 void fault(const std::string& what) {
+  if (block.thread < 0) throw std::runtime_error(what);
   failure = what;
   while (true) leave();  // run_block throws and never comes back
 }

@@ -11,8 +11,13 @@ namespace flashdelta::emulation {
 constexpr int WARP = 32, MAX_THREADS = 1024, MAX_WARPS = MAX_THREADS / WARP;
 constexpr int SHARED_BYTES = 227 * 1024;  // what a block may have on Hopper
 
-// In which order the threads that can go on do so. Results must not depend on it.
+// In which order the threads that can go on do so, and when the copy engine and the tensor cores work. Results must not
+// depend on it.
+//   forward   work is done when no thread can go on: loads first, then multiplications, then stores; the oldest first
+//   backward  likewise, but stores first and the newest first
+//   shuffled  at random, with some seeds at once; warps are held back at random, too. `seed` says how.
 enum class Schedule { forward, backward, shuffled };
+extern std::uint32_t seed;
 
 // An mbarrier object.
 struct Barrier {
@@ -33,7 +38,7 @@ struct Gathering {
 // The block that runs.
 struct Block {
   int threads = 0;
-  int thread = 0;  // that runs now
+  int thread = 0;  // that runs now; -1: none, the copy engine or the tensor cores work
   std::array<Gathering, MAX_WARPS> warps;
   std::array<Gathering, 16> named;                   // bar.sync; number 0 is that of all threads
   std::array<Barrier, SHARED_BYTES / 8> barriers{};  // mbarriers by shared address / 8
@@ -53,6 +58,17 @@ void run_block(int threads, Schedule, const std::function<void()>& body, const s
 
 // Waits while `word` has this value.
 void wait_while(const unsigned& word, unsigned value);
+
+// Gives the copy engine or the tensor cores something to do at some later time. Before the block ends all of it must be done
+// that uses shared memory: the first three kinds.
+enum class Kind { load, multiplication, store, write, pause };
+void later(Kind, std::function<void()> run);
+
+// True once in `one_in` times, at random, if the schedule is shuffled.
+bool chance(unsigned one_in);
+
+// The calling thread goes on at some later time.
+void pause();
 
 // Bar.sync of `threads` threads.
 void gather(Gathering&, int threads);
