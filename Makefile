@@ -2,6 +2,8 @@
 # make test    everything that is tested, with the time of each stage
 # make lint    formatting, static analysis, types
 # make bench   speed of this machine, into bench/results and the README
+# make gpu     tests, sanitizers, stress and benchmarks on a machine with a Hopper GPU (tools/gpu.sh has options)
+# make gpu-pack  the programs for such a machine in one file, if it has no compiler or network
 # make cuda    compile the CUDA sources (no GPU needed) and compare registers and spills with tools/resources.json
 #
 # All of them install what they need (tools/setup.sh). PYTHON=/path/to/python uses an interpreter that has the packages of
@@ -23,7 +25,7 @@ CUDA ?= $(if $(wildcard /dev/nvidiactl),AUTO,OFF)
 JOBS ?= $(shell nproc)
 export CUDA JOBS
 
-.PHONY: all demo test test-torch-floor lint format bench cuda cuda-toolkit clean
+.PHONY: all demo test test-torch-floor lint format bench cuda cuda-toolkit gpu gpu-pack clean
 .DEFAULT_GOAL := all
 
 all: build/.setup-build
@@ -52,6 +54,12 @@ bench: build/.setup-test
 
 cuda: build/.setup-build cuda-toolkit
 	@tools/cuda.sh
+
+gpu: build/.setup-test cuda-toolkit
+	@PYTHON=$(PY) tools/gpu.sh
+
+gpu-pack: build/.setup-test cuda-toolkit
+	@tools/gpu_pack.sh
 
 # The CUDA compiler from PyPI, into build/cuda, if none is installed.
 cuda-toolkit: build/.setup-build

@@ -1,0 +1,160 @@
+#!/bin/bash
+# Tests and measures on a machine with a Hopper GPU: every step has its own log and time limit, and a failure does not stop the
+# others. Ends with a table, and with exit status 1 if a step failed. `make gpu` calls it.
+#
+# Usage: tools/gpu.sh [options]
+#   --prebuilt PACK     programs of tools/gpu_pack.sh (the file or the unpacked folder) instead of building here
+#   --steps A,B,...     only these; by default all: info smoke step forward others cpu python memcheck racecheck synccheck initcheck
+#                       stress bench compare errors
+#   --seconds S         for all steps together (default 3600): a step starts only if time is left, and ends in time
+#   --out DIR           logs and results (default build/gpu-out)
+#   --archive FILE      also packs DIR into FILE (.tar.xz) after every step, for machines that are lost at the end
+#   --stress S          seconds of the stress program (default 120)
+#   --compare 'ARGS'    more arguments of bench/compare.py (its --seconds is set here)
+#   --filter REGEX      rows of the benchmarks (default: all)
+# PYTHON: the interpreter with torch (default python3). Peers for `compare` and `errors`: bench/peers.sh unpacks them.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+prebuilt="" seconds=3600 out=build/gpu-out archive="" stress=120 compare="" filter=.
+steps=info,smoke,step,forward,others,cpu,python,memcheck,racecheck,synccheck,initcheck,stress,bench,compare,errors
+while [ $# -gt 0 ]; do
+  case $1 in
+    --prebuilt) prebuilt=$2 ;;
+    --steps) steps=$2 ;;
+    --seconds) seconds=$2 ;;
+    --out) out=$2 ;;
+    --archive) archive=$2 ;;
+    --stress) stress=$2 ;;
+    --compare) compare=$2 ;;
+    --filter) filter=$2 ;;
+    *) echo "gpu: unknown option $1" >&2; exit 2 ;;
+  esac
+  shift 2
+done
+mkdir -p "$out"
+out=$(realpath "$out")
+python=${PYTHON:-python3}
+
+if [ -n "$prebuilt" ]; then
+  if [ -f "$prebuilt" ]; then
+    mkdir -p build/gpu-pack
+    tar xJf "$prebuilt" -C build/gpu-pack || exit 1
+    prebuilt=build/gpu-pack
+  fi
+  pack=$(realpath "$prebuilt")
+  programs=$pack/bin traps=$pack/traps
+  export FLASHDELTA_LIBRARY=$pack/programs/libflashdelta.so
+  export PYTHONPATH=$PWD/python:$PWD/tests/python:${PYTHONPATH:-}:$pack/site
+else
+  JOBS=${JOBS:-$(nproc)} tools/build.sh gpu -DFLASHDELTA_CUDA=ON -DFLASHDELTA_TESTS=ON -DFLASHDELTA_BENCH=ON >"$out/build.log" 2>&1 ||
+    { grep -v "ptxas info\|bytes stack frame" "$out/build.log" | tail -40; echo "gpu: the build failed"; exit 1; }
+  pack="" programs=$PWD/build/gpu/bin traps=""
+  mkdir -p "$programs"
+  for program in build/gpu/tests/* build/gpu/bench/*; do [ -x "$program" ] && [ -f "$program" ] && ln -sf "$PWD/$program" "$programs/"; done
+  export FLASHDELTA_LIBRARY=$PWD/build/gpu/libflashdelta.so
+  export PYTHONPATH=$PWD/python:$PWD/tests/python:${PYTHONPATH:-}
+fi
+export PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=PASSIVE
+
+# A program of the pack, with the pack's libraries; python keeps its own.
+program() {
+  local name=$1
+  shift
+  if [ -n "$pack" ]; then LD_LIBRARY_PATH=$pack/lib "$programs/$name" "$@"; else "$programs/$name" "$@"; fi
+}
+sanitizer() {
+  local found
+  found=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -1)
+  [ -n "$found" ] || { echo "compute-sanitizer is not installed"; return 1; }
+  for test in "$programs"/gpu*_test; do
+    LD_LIBRARY_PATH=${pack:+$pack/lib} "$found" --tool "$1" --error-exitcode 9 --print-limit 20 "$test" --gtest_filter='*Small*' || return $?
+  done
+}
+# What the waits for barriers say when they take too long; after a test that did not end.
+explain_hang() {
+  [ -n "$traps" ] && [ -x "$traps/$1" ] || return 0
+  echo "--- again with waits that end"
+  LD_LIBRARY_PATH=$pack/lib timeout -k 5 60 "$traps/$1" --gtest_filter="${2:-*}" 2>&1 | tail -40
+}
+tests() {  # program, filter; a run in which every test was skipped is none
+  local log
+  log=$(mktemp)
+  program "$1" --gtest_filter="${2:-*}" --gtest_brief=1 2>&1 | tee "$log"
+  local status=${PIPESTATUS[0]}
+  ! grep -q "PASSED  \] 0 tests" "$log" || status=1
+  rm -f "$log"
+  [ "$status" = 0 ] || echo "$1: exit status $status"
+  return "$status"
+}
+
+run_info() {
+  nvidia-smi
+  "$python" -m flashdelta info && cat /proc/cpuinfo | grep -m1 "model name"
+  [ -z "$pack" ] || { echo "pack of commit:"; cat "$pack/commit"; }
+}
+run_smoke() { tests gpu_forward_test '*Small*/Tokens64*'; }
+run_step() { tests gpu_test; }
+run_forward() { tests gpu_forward_test; }
+run_others() {
+  local status=0 found=0
+  for test in "$programs"/gpu*_test; do
+    case $(basename "$test") in gpu_test | gpu_forward_test) continue ;; esac
+    found=1
+    tests "$(basename "$test")" || status=1
+  done
+  [ $found = 1 ] || echo "no other GPU test is built"
+  return $status
+}
+run_cpu() {
+  local status=0
+  for test in forward_test backward_test step_test random_test; do tests $test || status=1; done
+  return $status
+}
+run_python() { "$python" -m pytest -q -p no:cacheprovider tests/python/test_cuda.py; }
+run_memcheck() { sanitizer memcheck; }
+run_racecheck() { sanitizer racecheck; }
+run_synccheck() { sanitizer synccheck; }
+run_initcheck() { sanitizer initcheck; }
+run_stress() { program stress --device cuda --seconds "$stress"; }
+run_bench() {
+  program bench_gpu --benchmark_filter="$filter" --benchmark_out="$out/bench.json" --benchmark_out_format=json
+}
+run_compare() {
+  "$python" bench/compare.py speed --output "$out/compare.json" --filter "$filter" --seconds $(($1 - 15)) $compare
+}
+run_errors() { "$python" bench/compare.py errors --output "$out/errors.json" --seconds $(($1 - 15)); }
+
+declare -A limits=([info]=60 [smoke]=60 [step]=180 [forward]=240 [others]=240 [cpu]=240 [python]=240 [memcheck]=240 [racecheck]=240
+  [synccheck]=240 [initcheck]=240 [stress]=$((stress + 45)) [bench]=300 [compare]=3600 [errors]=300)
+failed=0 table=""
+for step in ${steps//,/ }; do
+  [ -n "${limits[$step]:-}" ] || { echo "gpu: no step $step"; exit 2; }
+  left=$((seconds - SECONDS)) limit=${limits[$step]}
+  [ $limit -le $left ] || limit=$left
+  if [ $limit -lt 20 ]; then
+    table+=$(printf '%-10s %-8s' "$step" "no time")$'\n'
+    failed=$((failed + 1))
+    continue
+  fi
+  start=$SECONDS log=$out/$step.log
+  # In a process group of its own, so that nothing of it lives on.
+  export -f program sanitizer explain_hang tests "run_$step"
+  export pack programs traps python out filter stress compare
+  timeout -k 5 "$limit" bash -c "run_$step $limit" >"$log" 2>&1
+  status=$?
+  [ $status = 0 ] && result=passed || { result=FAILED; failed=$((failed + 1)); }
+  if [ $status = 124 ] || [ $status = 137 ]; then
+    result="TIMEOUT"
+    case $step in smoke) explain_hang gpu_forward_test '*Small*/Tokens64*' >>"$log" 2>&1 ;; forward) explain_hang gpu_forward_test >>"$log" 2>&1 ;; esac
+  fi
+  said=$(grep -E '^\[  (PASSED|FAILED)  \] [0-9]+ test|batches in|ERROR SUMMARY|RACECHECK SUMMARY|[0-9]+ (passed|failed|skipped)|rows' "$log" |
+    tail -1 | cut -c1-70)
+  line=$(printf '%-10s %-8s %4d s  %s' "$step" "$result" $((SECONDS - start)) "$said")
+  echo "$line"
+  [ "$result" = passed ] || tail -n 15 "$log" | cut -c1-180 | sed 's/^/    /'
+  table+=$line$'\n'
+  printf '%s' "$table" >"$out/summary.txt"
+  [ -z "$archive" ] || XZ_OPT=-1 tar cJf "$archive" -C "$out" .
+done
+printf '\n%s%d of the steps failed or had no time, %d s\n' "$table" $failed $SECONDS
+[ $failed = 0 ]
