@@ -12,7 +12,7 @@ fd_status launch_chain_variant(const ChainParameters& p, int items, int sm_count
                       .grid = dim3(static_cast<unsigned>(std::min(items, sm_count))),
                       .block = dim3(chain::Shape<STATE>::THREADS),
                       .shared = sizeof(chain::SharedMemory<STATE>)};
-  return launch(chain::chain_kernel<T, STATE>, config, p, stream);
+  return launch(chain_kernel<T, STATE>, config, p, stream);
 }
 
 template <typename T>

@@ -14,7 +14,8 @@
 #include "cuda/chain_sm90.hpp"
 #include "cuda/ptx.cuh"
 
-namespace flashdelta::cuda::chain {
+namespace flashdelta::cuda {
+namespace chain {
 
 // Barriers, each with its phase bit per stage. Who arrives -> who waits:
 enum Barrier {
@@ -471,8 +472,11 @@ __device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory
   }
 }
 
+}  // namespace chain
+
 template <typename T, int STATE>
-__global__ void __launch_bounds__(Shape<STATE>::THREADS, 1) chain_kernel(const __grid_constant__ ChainParameters p) {
+__global__ void __launch_bounds__(chain::Shape<STATE>::THREADS, 1) chain_kernel(const __grid_constant__ ChainParameters p) {
+  using namespace chain;
   using S = Shape<STATE>;
   extern __shared__ __align__(1024) uint8_t raw[];
   auto& shared = *reinterpret_cast<SharedMemory<STATE>*>(raw);
@@ -504,4 +508,4 @@ __global__ void __launch_bounds__(Shape<STATE>::THREADS, 1) chain_kernel(const _
   }
 }
 
-}  // namespace flashdelta::cuda::chain
+}  // namespace flashdelta::cuda
