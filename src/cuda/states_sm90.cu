@@ -1,0 +1,383 @@
+// The forward's states without its outputs: a block takes items (run of chunks, value head, STATE blocks of 64 rows of S^T)
+// and walks the run's chunks, with the instructions of forward_sm90.cuh in the same order, so that its states have the bits
+// of the forward's. T and the vectors come from scratch memory (prepare_sm90.cu). See docs/kernels.md.
+//
+//   warp 0          loads K, T, vectors, V of each chunk, all into one stage
+//   warps 1 and 2   store S and R
+//   warpgroups 1..  state: U = S^T K^T, R = (V - e^gam U) T^T, S = e^gam_C S + (beta e^(gam_C - gam) R) K
+#include <algorithm>
+
+#include "cuda/block_sm90.cuh"
+#include "cuda/device.hpp"
+#include "cuda/ptx.cuh"
+#include "cuda/states_sm90.hpp"
+
+namespace flashdelta::cuda {
+namespace {
+
+// A work item as the roles see it.
+struct Item {
+  int run;  // -1: no more
+  int value_head;
+  int block;   // first of its STATE blocks of rows
+  int stores;  // whether its S and R go to scratch memory
+  int first_chunk, chunks, slot;
+  int sequence, tokens;  // of the sequence
+  int64_t batch, begin;
+};
+
+// Who arrives -> who waits:
+enum Barrier {
+  CHUNK_FULL,  // copy engine -> state
+  CHUNK_FREE,  // state -> loader
+  S_FULL,      // state -> storer of S
+  S_FREE,      // storer of S -> state
+  R_FULL,      // state -> storer of R
+  R_FREE,      // storer of R -> state
+  ITEM_FULL,   // loader -> storers, state
+  ITEM_FREE,   // storers, state -> loader
+  BARRIERS
+};
+
+template <int STATE>
+struct Shape {
+  static constexpr int THREADS = 128 * (1 + STATE);
+  static constexpr int CHUNKS = 4, OUTPUTS = STATE == 1 ? 2 : 1, ITEMS = 2;  // stages
+  // Registers per thread of three warpgroups, which start with 168 each; of two, every thread may have 255.
+  static constexpr int PRODUCER_REGISTERS = 40, STATE_REGISTERS = 232;
+  static_assert(PRODUCER_REGISTERS + 2 * STATE_REGISTERS <= 3 * 168);
+};
+
+// What one chunk needs.
+template <int STATE>
+struct Stage {
+  uint8_t k[2 * TILE];  // two halves of 64 columns
+  uint8_t t[TILE];
+  uint8_t v[STATE * TILE];
+};
+
+template <int STATE>
+struct alignas(1024) SharedMemory {
+  using S = Shape<STATE>;
+  Stage<STATE> chunks[S::CHUNKS];
+  uint8_t s[S::OUTPUTS][STATE * STATE_TILE];
+  uint8_t r[S::OUTPUTS][STATE * TILE];
+  ChunkVectors vectors[S::CHUNKS];
+  Item items[S::ITEMS];
+  uint64_t barriers[BARRIERS][MAX_STAGES];
+};
+static_assert(sizeof(SharedMemory<1>) <= 227 * 1024 && sizeof(SharedMemory<2>) <= 227 * 1024);
+
+template <int STATE>
+__device__ __forceinline__ Item make_item(const StatesParameters& p, int index, int items) {
+  Item item = {};
+  item.run = -1;
+  if (index >= items) return item;
+  const int groups = p.row_blocks / STATE, per_run = p.scratch.value_heads * groups;
+  item.run = index / per_run;
+  item.value_head = index % per_run / groups;
+  item.block = index % groups * STATE;
+  const Run run = p.runs[item.run];
+  item.sequence = run.sequence;
+  if (run.sequence < 0) return item;
+  item.stores = item.block < p.scratch.value_blocks;
+  item.first_chunk = run.first_chunk;
+  item.chunks = run.chunks;
+  item.slot = run.slot;
+  const TokenRange range = p.sequences[run.sequence];
+  item.tokens = static_cast<int>(range.end - range.begin);
+  item.batch = range.batch;
+  item.begin = range.begin;
+  return item;
+}
+
+// Warp 0, one lane: hands out items, loads their chunks.
+template <int STATE>
+__device__ __forceinline__ void load_chunks(const StatesParameters& p, SharedMemory<STATE>& shared) {
+  const bool packed = p.sequences.cu_seqlens != nullptr;
+  const int group = p.scratch.value_heads / p.heads;
+  const int items = p.run_count * p.scratch.value_heads * (p.row_blocks / STATE);
+  Ring ring, item_ring;
+  for (int index = blockIdx.x;; index += gridDim.x) {
+    const Item item = make_item<STATE>(p, index, items);
+    if (item.run >= 0 && item.sequence < 0) continue;
+    wait_free(shared, ITEM_FREE, item_ring);
+    shared.items[item_ring.stage] = item;
+    barrier_arrive(barrier_address(shared, ITEM_FULL, item_ring.stage));
+    item_ring.next<Shape<STATE>::ITEMS>();
+    if (item.run < 0) break;
+    const int head = item.value_head / group;
+    for (int c = 0; c < item.chunks; ++c) {
+      wait_free(shared, CHUNK_FREE, ring);
+      Stage<STATE>& stage = shared.chunks[ring.stage];
+      const uint32_t full = barrier_address(shared, CHUNK_FULL, ring.stage);
+      barrier_arrive_expect(full, static_cast<int>(sizeof(stage) + sizeof(ChunkVectors)));
+      const Place at = place(packed, item.batch, item.begin, item.tokens, (item.first_chunk + c) * CHUNK);
+      const int64_t tiles = p.scratch.head(item.slot + c, item.value_head);
+      tensor_load(shared_address(stage.k), &p.k, full, 0, at.token, head, at.third, at.fourth);
+      tensor_load(shared_address(stage.k) + TILE, &p.k, full, 64, at.token, head, at.third, at.fourth);
+      bulk_load(shared_address(&shared.vectors[ring.stage]), p.scratch.vectors + tiles, sizeof(ChunkVectors), full);
+#pragma unroll
+      for (int w = 0; w < STATE; ++w) {  // the transition's rows lie past the last column: zeros
+        tensor_load(shared_address(stage.v) + w * TILE, &p.v, full, (item.block + w) * VALUES, at.token, item.value_head,
+                    at.third, at.fourth);
+      }
+      bulk_load(shared_address(stage.t), p.scratch.t + tiles * TILE, TILE, full);
+      ring.next<Shape<STATE>::CHUNKS>();
+    }
+  }
+}
+
+// Warps 1 and 2: store the tiles of S or of R, whose images of the item's blocks lie one after another in both memories.
+template <int STATE, int BYTES>
+__device__ __forceinline__ void store_tiles(const StatesParameters& p, SharedMemory<STATE>& shared,
+                                            const uint8_t (&tiles)[Shape<STATE>::OUTPUTS][STATE * BYTES], uint8_t* to,
+                                            int full, int free, int lane) {
+  Ring ring, items;
+  while (true) {
+    wait_full(shared, ITEM_FULL, items);
+    const Item item = shared.items[items.stage];
+    arrive(shared, ITEM_FREE, items, lane);
+    items.next<Shape<STATE>::ITEMS>();
+    if (item.run < 0) break;
+    for (int c = 0; lane == 0 && c < item.chunks; ++c) {
+      wait_full(shared, full, ring);
+      if (to != nullptr && item.stores != 0) {
+        bulk_store(to + p.scratch.block(item.slot + c, item.value_head, item.block) * BYTES,
+                   shared_address(tiles[ring.stage]), STATE * BYTES);
+        stores_commit();
+        stores_wait_read<0>();
+      }
+      barrier_arrive(barrier_address(shared, free, ring.stage));
+      ring.next<Shape<STATE>::OUTPUTS>();
+    }
+    __syncwarp();
+  }
+  if (lane == 0) stores_wait();
+}
+
+// The state before the item's first chunk: row `value` and 8 below of block `block`.
+__device__ __forceinline__ void first_state(const StatesParameters& p, const Item& item, int block, float (&s)[64],
+                                            int value, int key) {
+  if (block >= p.scratch.value_blocks) {
+    const int row = (block - p.scratch.value_blocks) * VALUES + value;
+#pragma unroll
+    for (int i = 0; i < 64; ++i) s[i] = 8 * (i / 4) + key + (i & 1) == row + (i & 2) * 4 ? 1.0f : 0.0f;
+  } else if (item.first_chunk != 0 && p.saved != nullptr) {
+    const int64_t position = item.batch * p.sequences.T + item.begin + int64_t{item.first_chunk} * CHUNK;
+    const int64_t state = saved_row(position) * p.scratch.value_heads + item.value_head;
+    load_state(p.saved + (state * p.scratch.value_blocks + block) * STATE_BLOCK, s, value, key);
+  } else {
+    const int64_t row = item.first_chunk == 0 ? p.initial.row(item.sequence, 0) : -1;
+    load_state(p.initial, p.state_v_first != 0, row, item.value_head, s, block * VALUES + value, key);
+  }
+}
+
+// A state warpgroup: block `turn` of the item. TILES: S and R are wanted.
+template <typename T, int STATE, bool TILES>
+__device__ __forceinline__ void run_state(const StatesParameters& p, SharedMemory<STATE>& shared, int turn, int warp,
+                                          int lane) {
+  using S = Shape<STATE>;
+  Ring ring, outputs, items;
+  const int column = 2 * (lane & 3), value = 16 * warp + (lane >> 2);
+  // The lane's row and 16-byte block in a transposing load or store of 16 tokens x 16 values, and in a plain store of 16
+  // values x 16 keys.
+  const int token = (lane & 7) + 8 * (lane >> 4), block = 2 * warp + ((lane >> 3) & 1);
+  const int image_row = 16 * warp + (lane & 15), image_block = lane >> 4;
+  float s[64];
+  while (true) {
+    wait_full(shared, ITEM_FULL, items);
+    const Item& item = shared.items[items.stage];  // read again where needed: registers are short
+    if (item.run < 0) break;
+    first_state(p, item, item.block + turn, s, value, column);
+    uint32_t a[32];  // S^T rounded: operand of U
+#pragma unroll
+    for (int i = 0; i < 32; ++i) a[i] = pack<T>(s[2 * i], s[2 * i + 1]);
+
+    const int chunks = item.chunks;
+    for (int c = 0; c < chunks; ++c) {
+      float u[32];
+      wait_full(shared, CHUNK_FULL, ring);
+      Stage<STATE>& stage = shared.chunks[ring.stage];
+      const ChunkVectors& vectors = shared.vectors[ring.stage];
+      const uint32_t tile_k = shared_address(stage.k), tile_t = shared_address(stage.t);
+      const uint32_t tile_v = shared_address(stage.v) + turn * TILE;
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        const uint64_t b = matrix_descriptor(tile_k + (k / 4) * TILE + (k % 4) * 32, 16);
+        if (k == 0) {
+          wgmma<T, true, 0>(u, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3], b);
+        } else {
+          wgmma<T, false, 0>(u, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3], b);
+        }
+      }
+      wgmma_commit();
+      if constexpr (TILES) {
+        wait_free(shared, S_FREE, outputs);
+        const uint32_t image = shared_address(shared.s[outputs.stage]) + turn * STATE_TILE;
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+          store_matrices(image + (k / 4) * TILE + swizzled(image_row, 2 * (k % 4) + image_block), a[4 * k], a[4 * k + 1],
+                         a[4 * k + 2], a[4 * k + 3]);
+        }
+        fence_async_shared();
+        arrive(shared, S_FULL, outputs, lane);
+      }
+      wgmma_wait<0>();
+      accumulators_ready(u);
+      uint32_t x[16];  // V - e^gam U
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        uint32_t v[4];
+        load_matrices_transposed(v, tile_v + swizzled(16 * i + token, block));
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int t = 16 * i + 8 * h + column;
+          const float2 rise = *reinterpret_cast<const float2*>(&vectors.rise[t]);
+          const float2 key = *reinterpret_cast<const float2*>(&vectors.key[t]);
+          const float2 f = {rise.x * key.x, rise.y * key.y};
+          const float2 v0 = unpack<T>(v[2 * h]), v1 = unpack<T>(v[2 * h + 1]);
+          const float* y = u + 8 * i + 4 * h;
+          x[4 * i + 2 * h] = pack<T>(v0.x - f.x * y[0], v0.y - f.y * y[1]);
+          x[4 * i + 2 * h + 1] = pack<T>(v1.x - f.x * y[2], v1.y - f.y * y[3]);
+        }
+      }
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const uint64_t b = matrix_descriptor(tile_t + k * 2048, 8192);
+        if (k == 0) {
+          wgmma<T, true, 1>(u, x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3], b);
+        } else {
+          wgmma<T, false, 1>(u, x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3], b);
+        }
+      }
+      wgmma_commit();
+      // Here and not beside U: there ptxas would wait for U first.
+      const float decay = vectors.rise[CHUNK - 1];
+#pragma unroll
+      for (int i = 0; i < 64; ++i) s[i] *= decay;
+      wgmma_wait<0>();
+      accumulators_ready(u);
+      uint32_t w[16];  // V' decayed to the chunk's end
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const int t = 8 * j + column;
+        const float2 beta = *reinterpret_cast<const float2*>(&vectors.beta[t]);
+        const float2 end = *reinterpret_cast<const float2*>(&vectors.end[t]);
+        const float2 key = *reinterpret_cast<const float2*>(&vectors.key[t]);
+        const float2 f = {beta.x * end.x * key.x, beta.y * end.y * key.y};
+        w[2 * j] = pack<T>(f.x * u[4 * j], f.y * u[4 * j + 1]);
+        w[2 * j + 1] = pack<T>(f.x * u[4 * j + 2], f.y * u[4 * j + 3]);
+      }
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        wgmma<T, false, 1>(s, w[4 * k], w[4 * k + 1], w[4 * k + 2], w[4 * k + 3],
+                           matrix_descriptor(tile_k + k * 2048, 8192));
+      }
+      wgmma_commit();
+      if constexpr (TILES) {
+        wait_free(shared, R_FREE, outputs);
+        const uint32_t image = shared_address(shared.r[outputs.stage]) + turn * TILE;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float* y = u + 8 * i;
+          store_matrices_transposed(image + swizzled(16 * i + token, block), pack<T>(y[0], y[1]), pack<T>(y[2], y[3]),
+                                    pack<T>(y[4], y[5]), pack<T>(y[6], y[7]));
+        }
+        fence_async_shared();
+        arrive(shared, R_FULL, outputs, lane);
+        outputs.next<S::OUTPUTS>();
+      }
+      wgmma_wait<0>();
+      accumulators_ready(s);
+      arrive(shared, CHUNK_FREE, ring, lane);
+      ring.next<S::CHUNKS>();
+#pragma unroll
+      for (int i = 0; i < 32; ++i) a[i] = pack<T>(s[2 * i], s[2 * i + 1]);
+
+      const int done = (item.first_chunk + c + 1) * CHUNK;
+      if (p.save != nullptr && done < item.tokens && done % SEGMENT == 0) {
+        const int64_t state =
+            saved_row(item.batch * p.sequences.T + item.begin + done) * p.scratch.value_heads + item.value_head;
+        store_state(p.save + (state * p.scratch.value_blocks + item.block + turn) * STATE_BLOCK, s, value, column);
+      }
+    }
+    if (p.outcomes != nullptr) {
+      const int64_t state = int64_t{item.run} * p.scratch.value_heads + item.value_head;
+      store_state(p.outcomes + (state * p.row_blocks + item.block + turn) * STATE_BLOCK, s, value, column);
+    }
+    arrive(shared, ITEM_FREE, items, lane);
+    items.next<S::ITEMS>();
+  }
+}
+
+}  // namespace
+
+template <typename T, int STATE, bool TILES>
+__global__ void __launch_bounds__(Shape<STATE>::THREADS, 1) states_kernel(const __grid_constant__ StatesParameters p) {
+  using S = Shape<STATE>;
+  extern __shared__ __align__(1024) uint8_t raw[];
+  auto& shared = *reinterpret_cast<SharedMemory<STATE>*>(raw);
+  const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
+  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 % 4, 0), lane = static_cast<int>(threadIdx.x) % 32;
+
+  if (threadIdx.x == 0) {
+    constexpr int state = 4 * STATE;
+    const int arrivals[BARRIERS] = {1, state, state, 1, state, 1, 1, state + (TILES ? 2 : 0)};
+    init_barriers(shared, arrivals);
+  }
+  __syncthreads();
+  wait_for_earlier_kernels();
+
+  if (warpgroup == 0) {
+    if constexpr (STATE == 2) fewer_registers<S::PRODUCER_REGISTERS>();
+    if (warp == 0) {
+      if (lane == 0) load_chunks(p, shared);
+    } else if (TILES && warp == 1) {
+      store_tiles<STATE, STATE_TILE>(p, shared, shared.s, p.scratch.s, S_FULL, S_FREE, lane);
+    } else if (TILES && warp == 2) {
+      store_tiles<STATE, TILE>(p, shared, shared.r, p.scratch.r, R_FULL, R_FREE, lane);
+    }
+  } else {
+    if constexpr (STATE == 2) more_registers<S::STATE_REGISTERS>();
+    run_state<T, STATE, TILES>(p, shared, warpgroup - 1, warp, lane);
+  }
+}
+
+namespace {
+
+template <typename T, int STATE, bool TILES>
+fd_status launch_variant(const StatesParameters& p, int sm_count, void* stream) {
+  const int items = p.run_count * p.scratch.value_heads * (p.row_blocks / STATE);
+  if (items == 0) return FD_OK;
+  const Launch config{.name = "states_kernel",
+                      .grid = dim3(static_cast<unsigned>(std::min(items, sm_count))),
+                      .block = dim3(Shape<STATE>::THREADS),
+                      .shared = sizeof(SharedMemory<STATE>)};
+  return launch(states_kernel<T, STATE, TILES>, config, p, stream);
+}
+
+template <typename T, int STATE>
+fd_status launch_shape(const StatesParameters& p, int sm_count, void* stream) {
+  return p.scratch.s == nullptr && p.scratch.r == nullptr ? launch_variant<T, STATE, false>(p, sm_count, stream)
+                                                          : launch_variant<T, STATE, true>(p, sm_count, stream);
+}
+
+// Pairs of blocks share K and T, but blocks of one take twice the SMs: better where all find one.
+template <typename T>
+fd_status launch_type(const StatesParameters& p, int sm_count, void* stream) {
+  const int64_t blocks = int64_t{p.run_count} * p.scratch.value_heads * p.row_blocks;
+  return p.row_blocks % 2 != 0 || blocks <= sm_count ? launch_shape<T, 1>(p, sm_count, stream)
+                                                     : launch_shape<T, 2>(p, sm_count, stream);
+}
+
+}  // namespace
+
+fd_status launch_states(const StatesParameters& p, bool bfloat16, int sm_count, void* stream) {
+  return bfloat16 ? launch_type<__nv_bfloat16>(p, sm_count, stream) : launch_type<__half>(p, sm_count, stream);
+}
+
+}  // namespace flashdelta::cuda
