@@ -83,6 +83,8 @@ __host__ __device__ int sum_blocks(const FinishParameters& p) {
   return wanted ? (p.value_heads + SUM_HEADS - 1) / SUM_HEADS : 0;
 }
 
+}  // namespace
+
 __global__ void __launch_bounds__(THREADS_PER_BLOCK) finish_kernel(const __grid_constant__ FinishParameters p) {
   extern __shared__ __align__(1024) uint8_t raw[];
   auto& sums = *reinterpret_cast<ParameterSums(*)[THREADS_PER_BLOCK]>(raw);
@@ -96,8 +98,6 @@ __global__ void __launch_bounds__(THREADS_PER_BLOCK) finish_kernel(const __grid_
   clear_rows<1>(p.dg, first, rows, p.value_heads, 1);
   clear_rows<1>(p.dbeta, first, rows, p.value_heads, 1);
 }
-
-}  // namespace
 
 fd_status launch_finish(const FinishParameters& p, int sm_count, void* stream) {
   const bool clears = p.sequences.cu_seqlens != nullptr && p.sequences.T > 0;

@@ -12,8 +12,8 @@ fd_status launch_gradients(const GradientParameters& p, bool bfloat16, int sm_co
                       .grid = dim3(static_cast<unsigned>(std::min<int64_t>(items, sm_count))),
                       .block = dim3(gradients::THREADS),
                       .shared = sizeof(gradients::SharedMemory)};
-  return bfloat16 ? launch(gradients::gradients_kernel<__nv_bfloat16>, config, p, stream)
-                  : launch(gradients::gradients_kernel<__half>, config, p, stream);
+  return bfloat16 ? launch(gradients_kernel<__nv_bfloat16>, config, p, stream)
+                  : launch(gradients_kernel<__half>, config, p, stream);
 }
 
 }  // namespace flashdelta::cuda

@@ -18,7 +18,8 @@
 #include "cuda/gradients_sm90.hpp"
 #include "cuda/ptx.cuh"
 
-namespace flashdelta::cuda::gradients {
+namespace flashdelta::cuda {
+namespace gradients {
 
 constexpr int THREADS = 384;
 constexpr int STAGES = 2, HEADS = 2, ITEMS = 2;  // of the rings
@@ -765,8 +766,11 @@ __device__ __forceinline__ void run_keys(const GradientParameters& p, SharedMemo
   if (thread == 0) stores_wait();
 }
 
+}  // namespace gradients
+
 template <typename T>
-__global__ void __launch_bounds__(THREADS, 1) gradients_kernel(const __grid_constant__ GradientParameters p) {
+__global__ void __launch_bounds__(gradients::THREADS, 1) gradients_kernel(const __grid_constant__ GradientParameters p) {
+  using namespace gradients;
   extern __shared__ __align__(1024) uint8_t raw[];
   auto& shared = *reinterpret_cast<SharedMemory*>(raw);
   const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
@@ -804,4 +808,4 @@ __global__ void __launch_bounds__(THREADS, 1) gradients_kernel(const __grid_cons
   }
 }
 
-}  // namespace flashdelta::cuda::gradients
+}  // namespace flashdelta::cuda

@@ -1,0 +1,20 @@
+// The kernels of src/cuda/gradients_sm90.cu and finish_sm90.cu, emulated, on scratch memory that is filled from float64: so
+// that errors are theirs alone.
+#pragma once
+
+#include "tests/emulation/emulator.hpp"
+#include "tests/support/call.hpp"
+
+namespace flashdelta::emulation {
+
+struct GradientSetting {
+  int sm_count = 2;
+  Schedule schedule = Schedule::forward;
+  // Which of the results are asked for.
+  bool dq = true, dk = true, dg = true, dbeta = true, dA_log = true;
+};
+
+// All results of a backward call but dv, whose rows past the last sequence alone are written, and the initial state's.
+testing::Results gradients(const testing::Case&, const testing::Data&, const GradientSetting&);
+
+}  // namespace flashdelta::emulation
