@@ -43,9 +43,6 @@ template <int STATE>
 struct Shape {
   static constexpr int THREADS = 128 * (1 + STATE);
   static constexpr int CHUNKS = 4, OUTPUTS = STATE == 1 ? 2 : 1, ITEMS = 2;  // stages
-  // Registers per thread of three warpgroups, which start with 168 each; of two, every thread may have 255.
-  static constexpr int PRODUCER_REGISTERS = 40, STATE_REGISTERS = 232;
-  static_assert(PRODUCER_REGISTERS + 2 * STATE_REGISTERS <= 3 * 168);
 };
 
 // What one chunk needs.
@@ -81,9 +78,15 @@ __device__ __forceinline__ Item make_item(const StatesParameters& p, int index, 
   item.sequence = run.sequence;
   if (run.sequence < 0) return item;
   item.stores = item.block < p.scratch.value_blocks;
-  item.first_chunk = run.first_chunk;
-  item.chunks = run.chunks;
-  item.slot = run.slot;
+  const int window = p.windows == nullptr ? -1 : p.windows[item.run * p.scratch.value_heads + item.value_head];
+  if (p.windows != nullptr && item.stores == 0 && (run.first_chunk == 0 || window >= 0)) {
+    item.sequence = -1;
+    return item;
+  }
+  const int skipped = window > 0 ? window : 0;
+  item.first_chunk = run.first_chunk + skipped;
+  item.chunks = run.chunks - skipped;
+  item.slot = run.slot + skipped;
   const TokenRange range = p.sequences[run.sequence];
   item.tokens = static_cast<int>(range.end - range.begin);
   item.batch = range.batch;
@@ -96,9 +99,14 @@ template <int STATE>
 __device__ __forceinline__ void load_chunks(const StatesParameters& p, SharedMemory<STATE>& shared) {
   const bool packed = p.sequences.cu_seqlens != nullptr;
   const int group = p.scratch.value_heads / p.heads;
-  const int items = p.run_count * p.scratch.value_heads * (p.row_blocks / STATE);
+  const int runs = p.used_runs == nullptr ? p.run_count : *p.used_runs;
+  const int items = runs * p.scratch.value_heads * (p.row_blocks / STATE);
+  const auto next = [&](int index) {
+    return static_cast<int>(gridDim.x +
+                            (p.next_item == nullptr ? static_cast<unsigned>(index) : atomicAdd(p.next_item, 1u)));
+  };
   Ring ring, item_ring;
-  for (int index = blockIdx.x;; index += gridDim.x) {
+  for (int index = blockIdx.x;; index = next(index)) {
     const Item item = make_item<STATE>(p, index, items);
     if (item.run >= 0 && item.sequence < 0) continue;
     wait_free(shared, ITEM_FREE, item_ring);
@@ -333,7 +341,6 @@ __global__ void __launch_bounds__(Shape<STATE>::THREADS, 1) states_kernel(const 
   wait_for_earlier_kernels();
 
   if (warpgroup == 0) {
-    if constexpr (STATE == 2) fewer_registers<S::PRODUCER_REGISTERS>();
     if (warp == 0) {
       if (lane == 0) load_chunks(p, shared);
     } else if (TILES && warp == 1) {
@@ -342,7 +349,6 @@ __global__ void __launch_bounds__(Shape<STATE>::THREADS, 1) states_kernel(const 
       store_tiles<STATE, TILE>(p, shared, shared.r, p.scratch.r, R_FULL, R_FREE, lane);
     }
   } else {
-    if constexpr (STATE == 2) more_registers<S::STATE_REGISTERS>();
     run_state<T, STATE, TILES>(p, shared, warpgroup - 1, warp, lane);
   }
 }
