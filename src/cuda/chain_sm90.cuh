@@ -270,6 +270,24 @@ __device__ __forceinline__ void end_item(const ChainParameters& p, int index, in
               (item.first_block + turn) * VALUES + value, key);
 }
 
+// d = a b (FIRST) or d += a b, as a group of its own; a is 64 x 4 WORDS, in registers. TRANSPOSED_B: the rows of b lie as
+// rows of 64 columns of the tile, or of two of them; else its columns do, two tiles for a depth of 128.
+template <typename T, bool FIRST, bool TRANSPOSED_B, int COUNT, int WORDS>
+__device__ __forceinline__ void multiply(float (&d)[COUNT], const uint32_t (&a)[WORDS], uint32_t tile) {
+  wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < WORDS / 4; ++k) {
+    const uint64_t b = TRANSPOSED_B ? matrix_descriptor(tile + k * 2048, TILE)
+                                    : matrix_descriptor(tile + (k / 4) * TILE + (k % 4) * 32, 16);
+    if (FIRST && k == 0) {
+      wgmma<T, true, TRANSPOSED_B ? 1 : 0>(d, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3], b);
+    } else {
+      wgmma<T, false, TRANSPOSED_B ? 1 : 0>(d, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3], b);
+    }
+  }
+  wgmma_commit();
+}
+
 // A state warpgroup: values 64 `turn`.. of the item. The products that do not depend on dS run while the others wait for
 // conversions: do^T P under the rounding of dS, (scale e^gam do)^T Q under that of dV' and of dv.
 template <typename T, int STATE>
@@ -290,10 +308,6 @@ __device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory
       const ChunkVectors& vectors = shared.vectors[ring.stage];
       float u[32], dv[32];
 
-      uint32_t a[32];  // dS^T rounded
-#pragma unroll
-      for (int i = 0; i < 32; ++i) a[i] = pack<T>(s[2 * i], s[2 * i + 1]);
-
       // do^T P
       wait_full(shared, OUTPUTS_FULL, ring);
       uint32_t x[16];  // do^T, later beta dV'
@@ -308,18 +322,11 @@ __device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory
           for (int j = 0; j < 4; ++j) x[4 * i + j] = present ? y[j] : 0;
         }
       }
-      const uint32_t tile_p = shared_address(shared.p[ring.stage]);
-      wgmma_fence();
+      uint32_t a[32];  // dS^T rounded
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const uint64_t b = matrix_descriptor(tile_p + k * 2048, TILE);
-        if (k == 0) {
-          wgmma<T, true, 1>(dv, x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3], b);
-        } else {
-          wgmma<T, false, 1>(dv, x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3], b);
-        }
-      }
-      wgmma_commit();
+      for (int i = 0; i < 32; ++i) a[i] = pack<T>(s[2 * i], s[2 * i + 1]);
+      const uint32_t tile_p = shared_address(shared.p[ring.stage]);
+      multiply<T, true, true>(dv, x, tile_p);
 
       // dS^T K^T, and the image of dS
       wait_free(shared, DS_FREE, stores);
@@ -332,21 +339,11 @@ __device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory
                          a[4 * k + 3]);
         }
       }
-      fence_async_shared();
-      arrive(shared, DS_FULL, stores, lane);
       wait_full(shared, KEYS_FULL, ring);
       const uint32_t tile_k = shared_address(shared.k[ring.stage]), tile_q = shared_address(shared.q[ring.stage]);
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < 8; ++k) {
-        const uint64_t b = matrix_descriptor(tile_k + (k / 4) * TILE + (k % 4) * 32, 16);
-        if (k == 0) {
-          wgmma<T, true, 0>(u, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3], b);
-        } else {
-          wgmma<T, false, 0>(u, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3], b);
-        }
-      }
-      wgmma_commit();
+      multiply<T, true, false>(u, a, tile_k);
+      fence_async_shared();
+      arrive(shared, DS_FULL, stores, lane);
       wgmma_wait<1>();
       accumulators_ready(dv);
       arrive(shared, OUTPUTS_FREE, ring, lane);
@@ -370,18 +367,31 @@ __device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory
       const float decay = vectors.rise[CHUNK - 1];
 #pragma unroll
       for (int i = 0; i < 64; ++i) s[i] *= decay;
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        wgmma<T, false, 1>(s, high[4 * k], high[4 * k + 1], high[4 * k + 2], high[4 * k + 3],
-                           matrix_descriptor(tile_q + k * 2048, TILE));
-      }
-      wgmma_commit();
+      multiply<T, false, true>(s, high, tile_q);
 
-      // dV', <dV', R>, and (beta dV')^T T
-      wait_full(shared, TILES_FULL, ring);
+      // dV', and (beta dV')^T T
       wgmma_wait<1>();
       accumulators_ready(u);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const float2 end = *reinterpret_cast<const float2*>(&vectors.end[8 * j + column]);
+        const float2 key = *reinterpret_cast<const float2*>(&vectors.key[8 * j + column]);
+        const float2 beta = *reinterpret_cast<const float2*>(&vectors.beta[8 * j + column]);
+        const float f0 = end.x * key.x, f1 = end.y * key.y;
+        float* y = u + 4 * j;
+        y[0] = fmaf(f0, y[0], dv[4 * j]);
+        y[1] = fmaf(f1, y[1], dv[4 * j + 1]);
+        y[2] = fmaf(f0, y[2], dv[4 * j + 2]);
+        y[3] = fmaf(f1, y[3], dv[4 * j + 3]);
+        x[2 * j] = pack<T>(beta.x * y[0], beta.y * y[1]);
+        x[2 * j + 1] = pack<T>(beta.x * y[2], beta.y * y[3]);
+      }
+      wait_full(shared, TILES_FULL, ring);
+      const uint32_t tile_t = shared_address(shared.t[ring.stage]);
+      multiply<T, true, false>(dv, x, tile_t);
+      multiply<T, false, true>(s, low, tile_q);
+
+      // <dV', R>
       float sums[16];
       {
         const uint32_t tile = shared_address(shared.r[ring.stage]) + turn * TILE;
@@ -391,47 +401,16 @@ __device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory
           load_matrices_transposed(r, tile + swizzled(16 * i + token, block));
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            const int at = 16 * i + 8 * h + column;
-            const float2 end = *reinterpret_cast<const float2*>(&vectors.end[at]);
-            const float2 key = *reinterpret_cast<const float2*>(&vectors.key[at]);
-            const float2 beta = *reinterpret_cast<const float2*>(&vectors.beta[at]);
-            const float f0 = end.x * key.x, f1 = end.y * key.y;
             const float2 r0 = unpack<T>(r[2 * h]), r1 = unpack<T>(r[2 * h + 1]);
-            const float* from = u + 8 * i + 4 * h;
-            const float* y = dv + 8 * i + 4 * h;
-            const float v[4] = {fmaf(f0, from[0], y[0]), fmaf(f1, from[1], y[1]), fmaf(f0, from[2], y[2]),
-                                fmaf(f1, from[3], y[3])};
-            sums[4 * i + 2 * h] = fmaf(v[0], r0.x, v[2] * r1.x);
-            sums[4 * i + 2 * h + 1] = fmaf(v[1], r0.y, v[3] * r1.y);
-            x[4 * i + 2 * h] = pack<T>(beta.x * v[0], beta.y * v[1]);
-            x[4 * i + 2 * h + 1] = pack<T>(beta.x * v[2], beta.y * v[3]);
+            const float* y = u + 8 * i + 4 * h;
+            sums[4 * i + 2 * h] = fmaf(y[0], r0.x, y[2] * r1.x);
+            sums[4 * i + 2 * h + 1] = fmaf(y[1], r0.y, y[3] * r1.y);
           }
         }
       }
-      const uint32_t tile_t = shared_address(shared.t[ring.stage]);
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const uint64_t b = matrix_descriptor(tile_t + k * 32, 16);
-        if (k == 0) {
-          wgmma<T, true, 0>(dv, x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3], b);
-        } else {
-          wgmma<T, false, 0>(dv, x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3], b);
-        }
-      }
-      wgmma_commit();
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        wgmma<T, false, 1>(s, low[4 * k], low[4 * k + 1], low[4 * k + 2], low[4 * k + 3],
-                           matrix_descriptor(tile_q + k * 2048, TILE));
-      }
-      wgmma_commit();
       wait_free(shared, DV_FREE, stores);
-      {
-        const float2 sum = sum_columns(sums, lane);
-        *reinterpret_cast<float2*>(&shared.dbeta[turn][warp][2 * lane]) = sum;
-      }
+      *reinterpret_cast<float2*>(&shared.dbeta[turn][warp][2 * lane]) = sum_columns(sums, lane);
+
       wgmma_wait<1>();
       accumulators_ready(dv);
       arrive(shared, TILES_FREE, ring, lane);
@@ -446,13 +425,7 @@ __device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory
         w[2 * j] = pack<T>(f0 * dv[4 * j], f1 * dv[4 * j + 1]);
         w[2 * j + 1] = pack<T>(f0 * dv[4 * j + 2], f1 * dv[4 * j + 3]);
       }
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        wgmma<T, false, 1>(s, w[4 * k], w[4 * k + 1], w[4 * k + 2], w[4 * k + 3],
-                           matrix_descriptor(tile_k + k * 2048, TILE));
-      }
-      wgmma_commit();
+      multiply<T, false, true>(s, w, tile_k);
       {
         const uint32_t tile = shared_address(shared.dv) + turn * TILE;
 #pragma unroll
