@@ -28,6 +28,13 @@ struct StatesParameters {
   // `outcomes`: a run's last state.
   float* save;      // [saved_rows][HV][V][K]
   float* outcomes;  // [run_count][HV][row_blocks][64][K]
+  // On the device, for context parallelism. The first runs are walked, all if null; blocks then draw items from a counter.
+  const int* used_runs = nullptr;
+  unsigned int* next_item = nullptr;
+  // [run_count][HV]: the chunk, counted in the run, from which alone its last state follows; the walk then starts there,
+  // from zero, and has no transition. -1: all chunks count. Null: likewise. A sequence's first run has no transition either
+  // way.
+  const int* windows = nullptr;
 };
 
 fd_status launch_states(const StatesParameters&, bool bfloat16, int sm_count, void* stream);
