@@ -25,6 +25,8 @@ struct Item {
   int head;
   int64_t batch, begin;  // first token
   int tokens;
+  uint32_t heads;  // bit i: value head i of the key head is wanted; from the 32nd on all are
+  __device__ bool has(int i) const { return i >= 32 || (heads >> i & 1) != 0; }
 };
 
 // Who arrives -> who waits:
@@ -51,19 +53,29 @@ static_assert(sizeof(SharedMemory) <= 227 * 1024);
 // Warp 0, one lane.
 template <bool QUERIES>
 __device__ __forceinline__ void load_items(const PrepareParameters& p, SharedMemory& shared) {
-  const int64_t items = static_cast<int64_t>(p.slots) * p.heads;
+  const int64_t items = static_cast<int64_t>(p.used_slots == nullptr ? p.slots : *p.used_slots) * p.heads;
   const bool packed = p.sequences.cu_seqlens != nullptr;
+  const int group = p.scratch.value_heads / p.heads;
+  const auto heads_of = [&](int64_t i) {
+    if (p.needed == nullptr || i >= items) return ~0u;
+    uint32_t heads = 0;
+    for (int h = 0; h < group && h < 32; ++h) heads |= static_cast<uint32_t>(p.needed[i * group + h] != 0 ? 1 : 0) << h;
+    return heads;
+  };
   const auto chunk_of = [&](int64_t i) { return i < items ? p.chunks[i / p.heads] : ChunkPlace{-1, 0, 0, 0}; };
   Ring ring;
   ChunkPlace coming = chunk_of(blockIdx.x);
+  uint32_t coming_heads = heads_of(blockIdx.x);
   for (int64_t i = blockIdx.x; i < items; i += gridDim.x) {
     const ChunkPlace chunk = coming;
+    const uint32_t heads = coming_heads;
     coming = chunk_of(i + gridDim.x);  // on its way while this item waits
-    if (chunk.sequence < 0) continue;
+    coming_heads = heads_of(i + gridDim.x);
+    if (chunk.sequence < 0 || (heads == 0 && group <= 32)) continue;
     wait_free(shared, KQ_FREE, ring);
     const int slot = static_cast<int>(i / p.heads), head = static_cast<int>(i % p.heads);
     const int batch = packed ? 0 : chunk.sequence;
-    shared.items[ring.stage] = {slot, head, batch, chunk.begin, chunk.tokens};
+    shared.items[ring.stage] = {slot, head, batch, chunk.begin, chunk.tokens, heads};
     const uint32_t full = barrier_address(shared, KQ_FULL, ring.stage);
     barrier_arrive_expect(full, (QUERIES ? 2 : 1) * CHUNK * KEYS * 2);
     const Place at = packed ? place(true, 0, chunk.begin, chunk.tokens, 0) : place(false, batch, 0, 0, chunk.begin);
@@ -124,12 +136,14 @@ __device__ __forceinline__ void make_all_tiles(const PrepareParameters& p, Share
   const bool stores = warp == 0 && lane == 0;
   Ring ring;
   uint32_t unit = 0;  // (chunk, value head) so far
-  for (;; unit += static_cast<uint32_t>(group)) {
+  while (true) {
     wait_full(shared, KQ_FULL, ring);
     const Item& item = shared.items[ring.stage];
     if (item.slot < 0) break;
-    for (int i = (turn - static_cast<int>(unit)) & (WARPGROUPS - 1); i < group; i += WARPGROUPS) {
-      const Ring gates = ring_at<GATE_STAGES>(unit + static_cast<uint32_t>(i));
+    for (int i = 0; i < group; ++i) {
+      if (!item.has(i)) continue;
+      const Ring gates = ring_at<GATE_STAGES>(unit++);
+      if (gates.stage % WARPGROUPS != turn) continue;
       wait_full(shared, GATES_FULL, gates);
       if (stores) stores_wait_read<0>();
       named_barrier(barrier, 128);  // the tiles of before are read

@@ -16,6 +16,9 @@ struct PrepareParameters {
   Scratch scratch;           // vectors, t and, unless null, p are written
   int slots, heads;
   float scale, l2norm_eps;
+  // On the device, for context parallelism; null: all. The first slots, of those the ones of these heads.
+  const int* used_slots = nullptr;
+  const uint8_t* needed = nullptr;  // [slots, HV]
 };
 
 fd_status launch_prepare(const PrepareParameters&, bool bfloat16, bool l2norm, int sm_count, void* stream);
