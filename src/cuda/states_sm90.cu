@@ -326,7 +326,6 @@ __device__ __forceinline__ void run_state(const StatesParameters& p, SharedMemor
 
 template <typename T, int STATE, bool TILES>
 __global__ void __launch_bounds__(Shape<STATE>::THREADS, 1) states_kernel(const __grid_constant__ StatesParameters p) {
-  using S = Shape<STATE>;
   extern __shared__ __align__(1024) uint8_t raw[];
   auto& shared = *reinterpret_cast<SharedMemory<STATE>*>(raw);
   const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
