@@ -1,48 +1,10 @@
-// The kernels that leave a call's tiles and states in scratch memory, emulated, on the data of a test case.
+// The kernel that leaves a call's tiles in scratch memory, emulated.
 #pragma once
 
-#include <cuda.h>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include <cmath>
-#include <cstdint>
-#include <functional>
-#include <vector>
-
-#include "backend.hpp"
-#include "tests/emulation/chunk_reference.hpp"
 #include "tests/emulation/emulator.hpp"
-#include "tests/support/data.hpp"
-#include "tests/support/tensor.hpp"
-
-// In a build with CUDA the real namespace is in the same program.
-#define cuda emulated_cuda
-#include "cuda/prepare_sm90.hpp"
-#include "cuda/states_sm90.hpp"
+#include "tests/emulation/wave.hpp"
 
 namespace flashdelta::emulation {
-
-// Scratch memory, poisoned and guarded, and the table for all chunks of a call in one wave.
-struct Wave {
-  std::vector<cuda::ChunkPlace> chunks;  // by slot
-  std::vector<int> first_slot;           // of each sequence
-  testing::Memory vectors, t, p, s, r;
-  cuda::Scratch scratch;
-
-  explicit Wave(const testing::Case&);
-  bool guards_intact() const;
-};
-
-// Calls `body` with the arguments of the case's forward call in normal form; memory is checked as in tests/support/call.hpp.
-void with_call(const testing::Case&, const testing::Data&, const std::function<fd_status(const fd_forward_args&)>& body);
-
-// What one value head of sequence n sees, in float64.
-HeadInputs head_inputs(const testing::Case&, const testing::Data&, std::int64_t n, std::int64_t value_head);
-
-// 1 / |row| of a [B, T, heads, columns] array, `token` counted over the batch.
-double inverse_norm(const testing::Array&, std::int64_t token, std::int64_t head);
 
 // Without `p`, the tile P is not made.
 fd_status prepare(const fd_forward_args&, Wave&, bool p, int sm_count, Schedule);

@@ -22,7 +22,6 @@
 #define cuda emulated_cuda
 #include "cuda/backend_sm90.cu"
 #include "cuda/forward_sm90.cu"
-#include "cuda/tensor_map_sm90.cu"
 
 namespace flashdelta::emulation {
 
