@@ -1,10 +1,13 @@
+// Fibres switch by _longjmp between stacks, which the checks of that macro refuse. (swapcontext makes a system call each
+// time.)
+#undef _FORTIFY_SOURCE
 #include "tests/emulation/emulator.hpp"
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
 #include <memory>
-#include <numeric>
 #include <random>
 #include <stdexcept>
 #include <vector>
@@ -21,7 +24,9 @@ namespace {
 constexpr std::size_t STACK_BYTES = 128 * 1024;
 
 struct Fibre {
-  ucontext_t context;
+  ucontext_t context;  // where it starts
+  jmp_buf place;       // where it goes on
+  bool started = false;
   const unsigned* word = nullptr;  // waits while *word == value; null: does not wait
   unsigned value = 0;
   bool ended = false;
@@ -29,7 +34,7 @@ struct Fibre {
   bool ready() const { return !ended && (word == nullptr || *word != value); }
 };
 
-ucontext_t scheduler;
+jmp_buf scheduler;
 std::array<Fibre, MAX_THREADS> fibres;
 const std::function<void()>* program;
 std::string failure;
@@ -44,7 +49,16 @@ std::vector<Work> to_do;  // in the order in which it was given
 
 Fibre& current() { return fibres[static_cast<std::size_t>(block.thread)]; }
 
-void leave() { swapcontext(&current().context, &scheduler); }
+void leave() {
+  if (_setjmp(current().place) == 0) _longjmp(scheduler, 1);
+}
+
+void resume(Fibre& fibre) {
+  if (_setjmp(scheduler) != 0) return;  // it left
+  if (fibre.started) _longjmp(fibre.place, 1);
+  fibre.started = true;
+  setcontext(&fibre.context);
+}
 
 void start() {
   (*program)();
@@ -109,30 +123,34 @@ void run_block(int threads, Schedule schedule, const std::function<void()>& body
     makecontext(&fibre.context, start, 0);
   }
 
-  std::vector<int> order(static_cast<std::size_t>(threads));
-  std::iota(order.begin(), order.end(), 0);
-  if (schedule == Schedule::backward) std::reverse(order.begin(), order.end());
+  const auto count = static_cast<std::size_t>(threads);
   schedule_now = schedule;
   random_numbers.seed(seed);
   to_do.clear();
   reset_asynchrony();
   for (bool any = true; any;) {
     any = false;
-    unsigned held = 0;  // warps, in this round
+    // In this round: the first thread, the step to the next one modulo their number, and warps that are held back.
+    const bool backward = schedule == Schedule::backward;
+    std::size_t first = backward ? count - 1 : 0, step = backward ? count - 1 : 1;
+    unsigned held = 0;
     if (schedule == Schedule::shuffled) {
-      std::shuffle(order.begin(), order.end(), random_numbers);
+      constexpr std::array<std::size_t, 8> STEPS = {1, 17, 19, 23, 29, 31, 37, 41};  // coprime to all numbers of threads
+      first = below(count);
+      step = STEPS[below(STEPS.size())];
       held = random_numbers() & random_numbers();
       while (seed % 2 == 0 && !to_do.empty() && chance(4)) work(below(to_do.size()));
     }
-    for (const int thread : order) {
-      Fibre& fibre = fibres[static_cast<std::size_t>(thread)];
+    for (std::size_t i = 0; i < count; ++i) {
+      Fibre& fibre = fibres[(first + i * step) % count];
+      const int thread = static_cast<int>(&fibre - fibres.data());
       if (!fibre.ready()) continue;
       any = true;
       if ((held >> thread / WARP & 1) != 0) continue;
       fibre.word = nullptr;
       block.thread = thread;
       resumed(thread);
-      swapcontext(&scheduler, &fibre.context);
+      resume(fibre);
       if (!failure.empty()) throw std::runtime_error("thread " + std::to_string(thread) + ": " + failure);
     }
     if (!any && !to_do.empty()) {

@@ -30,6 +30,7 @@ namespace flashdelta::cuda {
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline unsigned atomicAdd(unsigned* address, unsigned x) { return std::exchange(*address, *address + x); }
+inline unsigned atomicMax(unsigned* address, unsigned x) { return std::exchange(*address, *address < x ? x : *address); }
 
 inline void __syncthreads() { emulation::gather(emulation::block.named[0], emulation::block.threads); }
 inline void __syncwarp() {
@@ -111,7 +112,7 @@ inline void barrier_init(uint32_t barrier, int arrivals) { emulation::barrier_at
 inline void barrier_init_fence() {}
 inline void barrier_arrive(uint32_t barrier) {
   emulation::arrive(emulation::barrier_at(barrier), 0);
-  if (emulation::chance(8)) emulation::pause();
+  if (emulation::chance(4)) emulation::pause();
 }
 inline void barrier_arrive_expect(uint32_t barrier, int bytes) { emulation::arrive(emulation::barrier_at(barrier), bytes); }
 inline void barrier_wait(uint32_t barrier, uint32_t parity) {
