@@ -67,6 +67,8 @@ struct Sums {
   float read[2][CHUNK];       // terms of a_i from rows: of queries, of keys
   float column[2][4][CHUNK];  // sums over rows 16 w.. of dP .* Q K^T below the diagonal, and of X .* K K^T
   float written[CHUNK];       // w_j
+  float own[CHUNK];           // <dv_i, R_i>
+  float overlap[CHUNK];       // sum over j of (k_i.k_j)^2, j = i left out
   float state[2];             // <dS, S>: even and odd pieces of the tiles
   float padding[2];
 };
@@ -238,8 +240,11 @@ __device__ __forceinline__ void gather(const Sums& sums, const ChunkVectors& vec
       p += sums.column[0][warp][t];
       x += sums.column[1][warp][t];
     }
-    dbeta[i] -= x;
-    a[i] = sums.read[0][t] + sums.read[1][t] - (p - vectors.beta[t] * x);
+    const float beta = vectors.beta[t];
+    a[i] = sums.read[0][t] + sums.read[1][t] - (p - beta * x);
+    // dbeta is also <dv_i, R_i> / beta_i. Each rounding of dv counts there once over beta, in the difference once for every
+    // token whose key resembles this one's.
+    dbeta[i] = beta * beta * sums.overlap[t] > 1.0f ? sums.own[t] / beta : dbeta[i] - x;
     w[i] = sums.written[t];
   }
   // Sums of a from each token on, of w up to each token.
@@ -426,10 +431,10 @@ __device__ __forceinline__ void multiply_block(float (&s)[64], float (&dr)[32], 
   accumulators_ready(xr);
 }
 
-// Q K^T and K K^T of an item times the l2 norms of both sides.
+// Q K^T and K K^T of an item times the l2 norms of both sides. Returns the thread's part of its rows' Sums::overlap.
 template <typename T>
-__device__ __forceinline__ void make_products(SharedMemory& shared, const ChunkVectors& vectors, const Lane& lane,
-                                              int thread) {
+__device__ __forceinline__ float2 make_products(SharedMemory& shared, const ChunkVectors& vectors, const Lane& lane,
+                                                int thread) {
   const uint32_t k = shared_address(shared.k), q = shared_address(shared.q);
   float qk[32], kk[32];
   wgmma_fence();
@@ -443,13 +448,19 @@ __device__ __forceinline__ void make_products(SharedMemory& shared, const ChunkV
   accumulators_ready(kk);
   const float q0 = vectors.query[lane.row], q1 = vectors.query[lane.row + 8];
   const float k0 = vectors.key[lane.row], k1 = vectors.key[lane.row + 8];
+  float2 overlap = {0.0f, 0.0f};
 #pragma unroll
   for (int n = 0; n < 8; ++n) {
     const float2 c = *reinterpret_cast<const float2*>(&vectors.key[8 * n + lane.column]);
     const float *x = qk + 4 * n, *y = kk + 4 * n;
     shared.qk[n][thread] = make_float4(x[0] * (q0 * c.x), x[1] * (q0 * c.y), x[2] * (q1 * c.x), x[3] * (q1 * c.y));
-    shared.kk[n][thread] = make_float4(y[0] * (k0 * c.x), y[1] * (k0 * c.y), y[2] * (k1 * c.x), y[3] * (k1 * c.y));
+    const float4 z = make_float4(y[0] * (k0 * c.x), y[1] * (k0 * c.y), y[2] * (k1 * c.x), y[3] * (k1 * c.y));
+    shared.kk[n][thread] = z;
+    const int right = 8 * n + lane.column - lane.row;  // of the diagonal
+    overlap.x += (right == 0 ? 0.0f : z.x * z.x) + (right == -1 ? 0.0f : z.y * z.y);
+    overlap.y += (right == 8 ? 0.0f : z.z * z.z) + (right == 7 ? 0.0f : z.w * z.w);
   }
+  return overlap;
 }
 
 // Sums over the warp's 16 rows of four columns of dP .* Q K^T and of X .* K K^T: v[2 n + e] and v[4 + 2 n + e] for column
@@ -527,6 +538,10 @@ __device__ __forceinline__ float2 make_triangles(uint32_t (&a)[16], const float 
       const float column = sum_columns(columns, lane_);
       sums.column[lane_ >> 4][warp][16 * b + (lane_ & 8) + lane.column + ((lane_ >> 2) & 1)] = column;
       if (b == warp) {
+        if (lane.column == (row & 6)) {  // the thread has the diagonal of both its rows
+          sums.own[row] = (row & 1) == 0 ? xr[8 * b] : xr[8 * b + 1];
+          sums.own[row + 8] = (row & 1) == 0 ? xr[8 * b + 6] : xr[8 * b + 7];
+        }
         // Both halves of the diagonal block: E from below, its mirror image (through memory) from above.
         uint32_t mirrored[4];
         store_matrices(tile_w + lane.at(b, b), e_row[0], e_row[1], e_row[2], e_row[3]);
@@ -560,6 +575,7 @@ __device__ __forceinline__ void run_queries(const GradientParameters& p, SharedM
     for (int i = 0; i < 64; ++i) dq[i] = 0.0f;
     const uint32_t tile_q = shared_address(shared.q);
     float f0 = 1.0f, f1 = 1.0f;
+    float2 overlap = {0.0f, 0.0f};
     for (int i = 0; i < group; ++i) {
       float s[64], dr[32], xr[32];
       wait_full(shared, BLOCK_FULL, blocks);
@@ -606,7 +622,9 @@ __device__ __forceinline__ void run_queries(const GradientParameters& p, SharedM
           barrier_wait(barrier_address(shared, PRODUCTS_FREE, 0), keys.parity);
         }
         named_barrier(QUERIES, 128);
-        make_products<T>(shared, vectors, lane, thread);
+        overlap = make_products<T>(shared, vectors, lane, thread);
+        overlap.x = sum_row(overlap.x);
+        overlap.y = sum_row(overlap.y);
       }
 
       wait_free(shared, SUMS_FREE, heads);
@@ -631,6 +649,8 @@ __device__ __forceinline__ void run_queries(const GradientParameters& p, SharedM
       if (lane.column == 0) {
         sums.read[0][lane.row] = dot0;
         sums.read[0][lane.row + 8] = dot1;
+        sums.overlap[lane.row] = overlap.x;
+        sums.overlap[lane.row + 8] = overlap.y;
       }
       arrive(shared, SUMS_FULL, heads, thread % 32);
       heads.next<HEADS>();

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "check.hpp"
-#include "tests/emulation/prepare_sm90.hpp"
+#include "tests/emulation/wave.hpp"
 
 #define cuda emulated_cuda
 #include "cuda/gradients_sm90.cu"
