@@ -44,6 +44,8 @@ if [ -n "$prebuilt" ]; then
   pack=$(realpath "$prebuilt")
   programs=$pack/bin traps=$pack/traps
   export FLASHDELTA_LIBRARY=$pack/programs/libflashdelta.so
+  FLASHDELTA_COMMIT=$(head -n 1 "$pack/commit")  # for the results of bench/compare.py, where there is no checkout
+  export FLASHDELTA_COMMIT
   export PYTHONPATH=$PWD/python:$PWD/tests/python:${PYTHONPATH:-}:$pack/site
 else
   JOBS=${JOBS:-$(nproc)} tools/build.sh gpu -DFLASHDELTA_CUDA=ON -DFLASHDELTA_TESTS=ON -DFLASHDELTA_BENCH=ON >"$out/build.log" 2>&1 ||

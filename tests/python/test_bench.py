@@ -1,0 +1,204 @@
+"""The benchmark scripts: the list of rows, compare.py on the CPU from end to end, the pages that report.py writes."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import candidates
+import compare
+import report
+import report_gpu
+import rows
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_rows_are_read() -> None:
+    listed = {row.name: row for row in rows.rows()}
+    assert listed["forward/16/64/4x8192"].lengths == (8192,) * 4
+    assert (listed["forward/16/64/4x8192"].must_ms, listed["forward/16/64/4x8192"].aim_ms) == (0.56, 0.42)
+    assert len(listed["forward/16/32/mix24"].lengths) == 24
+    assert listed["forward/16/32/tail80"].tokens == 27680
+    step = listed["step/16/32/8x4/bfloat16/v_first"]
+    assert (step.lengths, step.state_type, step.layout) == ((4,) * 8, "bfloat16", "v_first")
+    for heads in report_gpu.GRID_HEADS:
+        assert sum(name.startswith(f"forward/{heads}/") for name in listed) >= 14
+    with pytest.raises(ValueError, match="invalid literal"):
+        rows.parse_lengths("4x")
+
+
+@pytest.mark.parametrize("name", ["forward/2/8/1x512", "step/16/32/1x4/bfloat16/v_first", "backward/2/4/1101+7091"])
+def test_data_is_what_the_row_says(name: str) -> None:
+    row = next(r for r in rows.rows() if r.name == name)
+    if row.operation == "step":
+        d = candidates.step_data(row, "cpu")
+        assert d.pool.shape == (2, 32, 128, 128)
+        assert d.pool.dtype == torch.bfloat16
+        first = d.states()
+        first[0].zero_()
+        assert d.pool.any()  # calls change copies
+        return
+    d = candidates.data(row, "cpu")
+    assert d.q.shape == (1, row.tokens, row.H, 128)
+    assert d.cu_seqlens.tolist()[-1] == row.tokens
+    torch.testing.assert_close(d.k.float().norm(dim=-1), torch.ones(1, row.tokens, row.H), atol=0.01, rtol=0)
+    assert not d.g[..., ::4].any()
+    assert (d.g[..., 1::4] < 0).all()
+    assert ((d.beta > 0) & (d.beta < 1)).all()
+
+
+def test_speed_is_measured_and_continued(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "compare.json"
+    step = r"step/16/32/1x1/bfloat16/v_first$"
+    command = ["speed", "--device", "cpu", "--output", str(output), "--filter"]
+    assert compare.main([*command, rf"^(forward/2/8/1x512|{step})"]) == 0
+    said = capsys.readouterr().out
+    assert "flashinfer: left out, needs a CUDA device" in said
+    assert "2 rows measured" in said
+    first = json.loads(output.read_text())
+    entries = {entry["name"]: entry for entry in first["benchmarks"]}
+    assert set(entries) == {
+        "forward/2/8/1x512/flashdelta",
+        "forward/2/8/1x512/flashdelta_whole",
+        "step/16/32/1x1/bfloat16/v_first/flashdelta",
+    }
+    for entry in entries.values():
+        assert 0 < entry["p10_us"] <= entry["real_time"] <= entry["p90_us"]
+        assert entry["difference"] == 0
+    assert first["context"]["commit"] == compare.commit()
+    assert compare.main([*command, rf"^(forward/2/8/1x(512|1024)|{step})"]) == 0
+    assert "1 rows measured" in capsys.readouterr().out
+    second = {entry["name"]: entry for entry in json.loads(output.read_text())["benchmarks"]}
+    assert second["forward/2/8/1x512/flashdelta"] == entries["forward/2/8/1x512/flashdelta"]
+    assert "forward/2/8/1x1024/flashdelta" in second
+    assert compare.main([*command, "forward/2/8/1x2048", "--seconds", "-1"]) == 0
+    assert "0 rows measured, 1 left for lack of time" in capsys.readouterr().out
+
+
+def test_a_candidate_that_fails_is_a_result(tmp_path: Path) -> None:
+    class Broken:
+        version = "0"
+
+        def forward(self, d: Any) -> Any:
+            raise RuntimeError("no such kernel")
+
+    class Wrong(candidates.Flashdelta):
+        def forward(self, d: candidates.Data) -> Any:
+            call = super().forward(d)
+            return lambda: tuple(2 * x for x in call())
+
+    row = next(r for r in rows.rows() if r.name == "forward/2/8/1x512")
+    results = compare.Results(tmp_path / "r.json", {"commit": "x"}, again=True)
+    found = {"flashdelta": candidates.Flashdelta("cpu"), "flash_qla": Broken(), "fla": Wrong("cpu")}
+    compare.measure_row(row, found, "cpu", results)
+    assert results.benchmarks[f"{row.name}/flash_qla"]["error_message"] == "RuntimeError: no such kernel"
+    assert results.benchmarks[f"{row.name}/fla"]["difference"] == pytest.approx(1)
+    shown = compare.line(row, results)
+    assert "flash_qla failed (RuntimeError: no such kernel)" in shown
+    assert "differs by 1.0e+00" in shown
+    assert not results.has(f"{row.name}/flash_qla")
+
+
+def test_errors_are_small_and_found(tmp_path: Path) -> None:
+    output = tmp_path / "errors.json"
+    options = ["--device", "cpu", "--seeds", "2", "--lengths", "9", "20", "--candidates", "flashdelta"]
+    assert compare.main(["errors", "--output", str(output), *options]) == 0
+    entries = {entry["name"]: entry for entry in json.loads(output.read_text())["benchmarks"]}
+    for kind in compare.KINDS:
+        for dtype, limit in (("bfloat16", 4e-3), ("float16", 5e-4)):
+            entry = entries[f"errors/{kind}/{dtype}/flashdelta"]
+            assert entry["iterations"] == 2
+            assert all(0 < entry[result] < limit for result in compare.RESULTS), entry
+    d = compare.error_data("random", 0, "cpu", torch.bfloat16, (5, 9))
+    expected = compare.truth(d)
+    o = expected["o"].clone()
+    o[0, 7, 3] *= 2  # one head of one token
+    assert compare.worst_error("o", o, expected["o"], d) > 0.1
+    o[0, 0, 0, 0] = math.nan
+    assert compare.worst_error("o", o, expected["o"], d) == compare.HUGE
+
+
+def entry(name: str, **counters: Any) -> dict[str, Any]:
+    return {"name": name, "real_time": counters.pop("us", 1000.0), "time_unit": "us", **counters}
+
+
+def test_results_are_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [tmp_path / f"{i}.json" for i in range(3)]
+    first = {"gpu": "H200", "commit": "a", "command": "one"}
+    paths[0].write_text(json.dumps({"context": first, "benchmarks": [entry("x", us=1.0), entry("y", us=2.0)]}))
+    broken = {"name": "x", "error_occurred": True}
+    second = {"gpu": "H200", "commit": "b", "command": "two"}
+    paths[1].write_text(json.dumps({"context": second, "benchmarks": [entry("y", us=3.0), broken]}))
+    paths[2].write_text(json.dumps({"context": {"gpu": "H100"}, "benchmarks": []}))
+    merged = tmp_path / "merged.json"
+    assert compare.main(["merge", str(merged), str(paths[0]), str(paths[1])]) == 0
+    result = json.loads(merged.read_text())
+    assert result["context"]["commands"] == ["one", "two"]
+    assert {e["name"]: (e["real_time"], e["commit"]) for e in result["benchmarks"]} == {"x": (1.0, "a"), "y": (3.0, "b")}
+    assert compare.main(["merge", str(merged), str(paths[0]), str(paths[2])]) == 1
+    assert "H100" in capsys.readouterr().err
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the pages and results."""
+    pytest.importorskip("matplotlib")
+    for name in ("docs", "bench/results"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "README.md", tmp_path)
+    (tmp_path / "bench/results" / report.GPU_RESULT).unlink(missing_ok=True)
+    monkeypatch.setattr(sys, "argv", ["report.py"])
+    return tmp_path
+
+
+def test_report_keeps_the_pages_without_gpu_results(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (site / "docs/benchmarks.md").read_text(), (site / "README.md").read_text()
+    assert report.main(site) == 0
+    assert "h200.json is not there" in capsys.readouterr().out
+    assert ((site / "docs/benchmarks.md").read_text(), (site / "README.md").read_text()) == before
+
+
+def test_report_writes_the_gpu_tables(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "forward/16/64/4x8192"
+    single = [entry(f"forward/2/8/1x{T}/{c}", us=T * f) for T in (512, 2048) for c, f in (("flashdelta", 0.1), ("fla", 0.3))]
+    benchmarks = [
+        entry(name, us=410.0, median_us=400.0, percent_of_floor=92.0, sm_MHz=1500.0),
+        entry(f"{name}/flashdelta", us=420.0, host_us=14.0),
+        entry(f"{name}/flash_qla", us=1224.0),
+        entry(f"{name}/flashinfer", us=735.0),
+        {"name": f"{name}/fla", "error_occurred": True, "error_message": "no"},
+        entry("step/16/32/8x1/float32/v_first", us=8.0, GB_per_s=4000.0, percent_of_floor=93.0),
+        entry("errors/random/bfloat16/fla", us=0.0, o=0.004, final_state=0.0038),
+        *single,
+    ]
+    context = {"gpu": "NVIDIA H200", "commit": "abc", "date": "today", "commands": ["one", "two"], "flashdelta": "0.1.0"}
+    path = site / "bench/results" / report.GPU_RESULT
+    path.write_text(json.dumps({"context": context, "benchmarks": benchmarks}))
+    assert report.main(site) == 0
+    page, readme = (site / "docs/benchmarks.md").read_text(), (site / "README.md").read_text()
+    assert "| 16/64/4x8192 | 0.42 | 1.22 | 0.735 |  | 1.75 | 0.56 / 0.42 | 92 % |" in page
+    assert "| 16/32/8x1/float32/v_first | 8 |  |  | 4,000 | 93 % |" in page
+    assert "| random, bfloat16 | FLA | 4.00e-03 | 3.80e-03 |" in page
+    assert "3 of 3 rows have a peer's time" not in page  # rows without ours do not count as measured
+    assert "(./h200_tokens.svg)" in page
+    assert "16/64/4x8192" in readme
+    assert "NVIDIA H200" in readme
+    assert "random, bfloat16" not in readme
+    assert (site / "docs/h200_tokens.svg").exists()
+    monkeypatch.setattr(sys, "argv", ["report.py", "--check"])
+    assert report.main(site) == 0
+    benchmarks[1]["real_time"] = 800.0
+    path.write_text(json.dumps({"context": context, "benchmarks": benchmarks}))
+    assert report.main(site) == 1
+    measured = report_gpu.Measured({"context": context, "benchmarks": benchmarks})
+    said = report_gpu._summary(measured, [r for r in rows.rows() if r.name == name], "Forward")
+    assert "1 of 1 rows have a peer's time, 0 are faster" in said
+    assert f"slower than the fastest peer: {name}" in said
