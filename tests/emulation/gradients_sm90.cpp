@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <stdexcept>
 #include <vector>
 
 #include "check.hpp"
@@ -172,6 +173,32 @@ testing::Results gradients(const Case& c, const Data& d, const GradientSetting& 
   testing::Results results = testing::backward(c, d, {.backend = FD_BACKEND_REFERENCE, .backward = run});
   results.erase("dinitial_state");
   return results;
+}
+
+std::vector<float> sum_gates(const std::vector<float>& parts, int value_heads) {
+  const auto heads = static_cast<std::size_t>(value_heads);
+  std::vector<float> result(2 * heads);
+  std::vector<float2> sums;
+  for (std::size_t i = 0; i < parts.size(); i += 2) sums.push_back({parts[i], parts[i + 1]});
+  const fd_problem problem{};
+  fd_backward_args args{};
+  args.problem = &problem;
+  const cuda::View absent(fd_tensor{}, FD_FLOAT32);
+  const cuda::FinishParameters finish{.sequences = cuda::Sequences(args),
+                                      .dq = absent,
+                                      .dk = absent,
+                                      .dv = absent,
+                                      .dg = absent,
+                                      .dbeta = absent,
+                                      .dA_log = cuda::View({result.data(), {2}}, FD_FLOAT32),
+                                      .ddt_bias = cuda::View({result.data() + 1, {2}}, FD_FLOAT32),
+                                      .gate_sums = sums.data(),
+                                      .sum_count = static_cast<std::int64_t>(sums.size() / heads),
+                                      .heads = value_heads,
+                                      .value_heads = value_heads,
+                                      .values = 64};
+  if (cuda::launch_finish(finish, 132, nullptr) != FD_OK) throw std::runtime_error(fd_last_error());
+  return result;
 }
 
 }  // namespace flashdelta::emulation

@@ -2,6 +2,8 @@
 // that errors are theirs alone.
 #pragma once
 
+#include <vector>
+
 #include "tests/emulation/emulator.hpp"
 #include "tests/support/call.hpp"
 
@@ -16,5 +18,8 @@ struct GradientSetting {
 
 // All results of a backward call but dv, whose rows past the last sequence alone are written, and the initial state's.
 testing::Results gradients(const testing::Case&, const testing::Data&, const GradientSetting&);
+
+// dA_log and ddt_bias, one after the other for each of `value_heads`, from parts [count, value_heads, 2] of them.
+std::vector<float> sum_gates(const std::vector<float>& parts, int value_heads);
 
 }  // namespace flashdelta::emulation

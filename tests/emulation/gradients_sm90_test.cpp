@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <random>
 #include <utility>
 #include <vector>
 
@@ -139,6 +140,25 @@ TEST(Gradients, ResultsMayBeAbsent) {
     rest.erase(name);
     expect_same_bits(some, rest);
   }
+}
+
+// The large parts cancel in the end alone.
+TEST(Gradients, SumsOverManyChunksLoseNothing) {
+  constexpr std::size_t HEADS = 5, CHUNKS = 100'000;
+  std::mt19937 random(4);
+  std::normal_distribution<float> distribution(0.5f);
+  std::vector<float> parts(CHUNKS * HEADS * 2);
+  for (std::size_t i = 0; i < parts.size(); ++i) {
+    parts[i] = distribution(random) + (i / (HEADS * 2) % 2 == 0 ? 1e4f : -1e4f);
+  }
+  std::vector<double> want(HEADS * 2);
+  for (std::size_t i = 0; i < parts.size(); ++i) want[i % (HEADS * 2)] += parts[i];
+  const std::vector<float> got = emulation::sum_gates(parts, HEADS);
+  for (std::size_t i = 0; i < want.size(); ++i) EXPECT_FLOAT_EQ(got[i], static_cast<float>(want[i]));
+
+  EXPECT_EQ(emulation::sum_gates({}, HEADS), std::vector<float>(HEADS * 2));
+  const std::vector<float> infinite = emulation::sum_gates({1, INFINITY, 1, 2}, 1);
+  EXPECT_EQ(infinite, (std::vector<float>{2, INFINITY}));
 }
 
 }  // namespace
