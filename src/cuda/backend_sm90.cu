@@ -4,6 +4,7 @@
 #include <string>
 
 #include "backend.hpp"
+#include "cuda/context_sm90.hpp"
 #include "cuda/device.hpp"
 #include "cuda/forward_sm90.hpp"
 #include "cuda/ptx.cuh"
@@ -15,7 +16,6 @@ namespace {
 
 constexpr int64_t MAX_TOKENS = 1 << 30;  // coordinates of the copy engine
 constexpr int64_t MAX_ITEMS = 1 << 30;
-constexpr std::size_t COUNTER_BYTES = 256;
 
 std::string unavailable() {
   return no_device([](int major, int minor) { return major == 9 && minor == 0; }, "compute capability 9.0");
@@ -40,45 +40,13 @@ std::string unsupported(Operation operation, const fd_problem& p) {
   return "";
 }
 
-// Order of the sequences, and a counter of items: for calls of several sequences.
 std::size_t workspace(Operation operation, const fd_problem& p) {
-  return operation == Operation::forward && p.N > 1 ? COUNTER_BYTES + static_cast<std::size_t>(p.N) * sizeof(int) : 0;
+  return operation == Operation::forward ? runs_workspace(p) : 0;
 }
 
 // States for the backward, one per segment of 2,048 tokens; shorter sequences have none.
 std::size_t saved(const fd_problem& p) {
   return p.T <= SEGMENT ? 0 : static_cast<std::size_t>(saved_rows(p.B * p.T) * p.HV * p.V * p.K) * sizeof(float);
-}
-
-struct OrderParameters {
-  Sequences sequences;
-  int* order;
-  unsigned int* next_item;
-};
-
-// Sequences by falling length (stable), and the counter of items set to zero. One block.
-__global__ void order_sequences(OrderParameters p) {
-  wait_for_earlier_kernels();
-  if (threadIdx.x == 0) *p.next_item = 0;
-  const int n = static_cast<int>(p.sequences.N);
-  for (int i = threadIdx.x; i < n; i += blockDim.x) {
-    const TokenRange mine = p.sequences[i];
-    const int64_t length = mine.end - mine.begin;
-    int rank = 0;
-    for (int j = 0; j < n; ++j) {
-      const TokenRange other = p.sequences[j];
-      const int64_t that = other.end - other.begin;
-      rank += that > length || (that == length && j < i) ? 1 : 0;
-    }
-    p.order[rank] = i;
-  }
-  allow_later_kernels();
-}
-
-// Two blocks of half the values double the SMs at work on a head; they lose once whole blocks alone fill the chip, because
-// Q K^T and K K^T are then computed twice.
-bool half_values(const fd_problem& p, int sm_count) {
-  return p.V % (2 * VALUES) != 0 || p.N * p.HV * (p.V / VALUES) <= sm_count;
 }
 
 fd_status forward(const fd_forward_args& args, void* workspace, void* stream) {
@@ -91,10 +59,8 @@ fd_status forward(const fd_forward_args& args, void* workspace, void* stream) {
   if (reinterpret_cast<uintptr_t>(args.saved) % 16 != 0) {
     return fail(FD_UNSUPPORTED, "fd_forward: saved is not aligned to 16 bytes; sm90 needs that");
   }
-  const int blocks = half_values(p, device->sm_count) ? 1 : 2;
-  const int64_t items = p.N * p.HV * (p.V / (VALUES * blocks));
-  if (items == 0) return FD_OK;
-  const bool packed = args.cu_seqlens != nullptr, queue = items > device->sm_count;
+  if (p.N == 0) return FD_OK;
+  const bool packed = args.cu_seqlens != nullptr;
 
   ForwardParameters parameters{
       .q = {},
@@ -109,15 +75,17 @@ fd_status forward(const fd_forward_args& args, void* workspace, void* stream) {
       .final = Pool(args.final_state, p.final_dtype, p.final_rows, args.final_index, p.index_dtype, p.final_slots),
       .checkpoints = Pool(args.checkpoints, p.checkpoint_dtype, p.checkpoint_rows, args.checkpoint_index, p.index_dtype,
                           p.checkpoint_slots),
-      .order = nullptr,
+      .runs = nullptr,
+      .run_count = nullptr,
+      .starts = nullptr,
       .next_item = nullptr,
       .checkpoint_interval = args.checkpoints.data == nullptr ? 0 : p.checkpoint_interval,
       .saved = saved(p) == 0 ? nullptr : static_cast<float*>(args.saved),
       .heads = static_cast<int>(p.H),
       .value_heads = static_cast<int>(p.HV),
       .values = static_cast<int>(p.V),
-      .value_blocks = static_cast<int>(p.V / (VALUES * blocks)),
-      .items = static_cast<int>(items),
+      .value_blocks = 0,
+      .items = 0,
       .state_v_first = p.state_v_first,
       .scale = static_cast<float>(p.scale),
       .l2norm_eps = static_cast<float>(p.l2norm_eps),
@@ -128,15 +96,29 @@ fd_status forward(const fd_forward_args& args, void* workspace, void* stream) {
   if (status == FD_OK) status = tensor_map(parameters.o, "fd_forward: o", args.o, p, packed, p.HV, p.V);
   if (status != FD_OK) return status;
 
-  if (queue && p.N > 1) {
-    parameters.next_item = static_cast<unsigned int*>(workspace);
-    parameters.order = reinterpret_cast<int*>(static_cast<char*>(workspace) + COUNTER_BYTES);
-    const OrderParameters order{Sequences(args), const_cast<int*>(parameters.order), parameters.next_item};
-    status = launch(order_sequences, {.name = "order_sequences", .grid = dim3(1), .block = dim3(256)}, order, stream);
-    if (status != FD_OK) return status;
-  }
-  const dim3 grid(static_cast<unsigned>(std::min<int64_t>(items, device->sm_count)));
-  return launch_forward(parameters, blocks, p.dtype == FD_BFLOAT16, p.qk_l2norm != 0, grid, stream);
+  // Blocks that take `shape` times 64 values, for `runs` runs at most.
+  const auto walk = [&](int shape, int64_t runs) {
+    parameters.value_blocks = static_cast<int>(p.V / (VALUES * shape));
+    const int64_t items = runs * p.HV * parameters.value_blocks;
+    parameters.items = static_cast<int>(items);
+    const dim3 grid(static_cast<unsigned>(std::min<int64_t>(items, device->sm_count)));
+    return launch_forward(parameters, shape, p.dtype == FD_BFLOAT16, p.qk_l2norm != 0, grid, stream);
+  };
+  const int shape = shape_of_sequences(p, device->sm_count);
+  const bool all_at_once = p.N * p.HV * (p.V / (VALUES * shape)) <= device->sm_count;
+  if (!may_split(p) && (p.N == 1 || all_at_once)) return walk(shape, p.N);
+
+  ForwardRuns runs;
+  status = plan_runs(args, parameters.k, parameters.v, runs, device->sm_count, workspace, stream);
+  if (status != FD_OK) return status;
+  parameters.runs = runs.runs;
+  parameters.run_count = runs.count[0];
+  parameters.starts = runs.starts;
+  parameters.next_item = runs.next_item;
+  status = walk(shape, runs.most);
+  if (status != FD_OK || runs.count[1] == nullptr) return status;
+  parameters.run_count = runs.count[1];
+  return walk(shape_of_runs(p), runs.most);
 }
 
 template <typename Args>

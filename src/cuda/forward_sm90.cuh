@@ -1,5 +1,6 @@
-// Forward for Hopper: a persistent block takes work items (sequence, value head, block of 64 STATE values) and walks the
-// sequence's chunks of 64 tokens, the state in registers from the first to the last. See docs/kernels.md.
+// Forward for Hopper: a persistent block takes work items (run, value head, block of 64 STATE values) and walks the run's
+// chunks of 64 tokens, the state in registers from the first to the last. A run is a sequence, or a part of one whose first
+// state is known (context_sm90.hpp). See docs/kernels.md.
 //
 //   warpgroup 0         producer   one warp each: loads of K and Q; gates; stores of O; loads of V
 //   next STATE          state      S^T, 64 values each: U = S^T K^T, R = (V - e^gam U) T^T, O = S^T Q^T + V' P^T, S += V' K
@@ -26,7 +27,8 @@ struct Item {
   int value_head, first_value;
   int tokens;  // of the sequence
   int64_t batch, begin;
-  int chunks;
+  int first, end;  // chunks of the sequence
+  int start;       // row of ForwardParameters::starts, or -1
 };
 
 // Barriers, each with its phase bit per stage. Who arrives -> who waits:
@@ -94,21 +96,24 @@ template <int STATE>
 __device__ __forceinline__ void load_keys(const ForwardParameters& p, SharedMemory<STATE>& shared) {
   Ring ring, items;
   int index = blockIdx.x;
-  const int group = p.value_heads / p.heads;
+  const int group = p.value_heads / p.heads, per_run = p.value_heads * p.value_blocks;
+  const int item_count = p.runs == nullptr ? p.items : *p.run_count * per_run;
   while (true) {
     Item item = {};
     item.sequence = -1;
-    if (index < p.items) {
-      const int per_sequence = p.value_heads * p.value_blocks;
-      const int n = index / per_sequence, rest = index % per_sequence;
-      item.sequence = p.order == nullptr ? n : p.order[n];
+    if (index < item_count) {
+      const int i = index / per_run, rest = index % per_run;
+      const ForwardRun run = p.runs == nullptr ? ForwardRun{i, 0, -1, -1} : p.runs[i];
+      item.sequence = run.sequence;
       item.value_head = rest / p.value_blocks;
       item.first_value = rest % p.value_blocks * (STATE * VALUES);
       const TokenRange range = p.sequences[item.sequence];
       item.batch = range.batch;
       item.begin = range.begin;
       item.tokens = static_cast<int>(range.end - range.begin);
-      item.chunks = (item.tokens + CHUNK - 1) / CHUNK;
+      item.first = run.first;
+      item.end = run.end < 0 ? (item.tokens + CHUNK - 1) / CHUNK : run.end;
+      item.start = run.start;
     }
     wait_free(shared, ITEM_FREE, items);
     shared.items[items.stage] = item;
@@ -116,7 +121,7 @@ __device__ __forceinline__ void load_keys(const ForwardParameters& p, SharedMemo
     items.next<Shape<STATE>::ITEMS>();
     if (item.sequence < 0) break;
     const int head = item.value_head / group;
-    for (int c = 0; c < item.chunks; ++c) {
+    for (int c = item.first; c < item.end; ++c) {
       wait_free(shared, KQ_FREE, ring);
       const uint32_t full = barrier_address(shared, KQ_FULL, ring.stage);
       barrier_arrive_expect(full, 2 * CHUNK * KEYS * 2);
@@ -137,7 +142,7 @@ template <int STATE>
 __device__ __forceinline__ void load_values(const ForwardParameters& p, SharedMemory<STATE>& shared, int lane) {
   Ring ring, items;
   for (Item item = take_item(shared, items, lane); item.sequence >= 0; item = take_item(shared, items, lane)) {
-    for (int c = 0; lane == 0 && c < item.chunks; ++c) {
+    for (int c = item.first; lane == 0 && c < item.end; ++c) {
       wait_free(shared, V_FREE, ring);
       const uint32_t full = barrier_address(shared, V_FULL, ring.stage);
       barrier_arrive_expect(full, Shape<STATE>::V_BYTES);
@@ -158,7 +163,7 @@ template <int STATE>
 __device__ __forceinline__ void store_outputs(const ForwardParameters& p, SharedMemory<STATE>& shared, int lane) {
   Ring ring, items;
   for (Item item = take_item(shared, items, lane); item.sequence >= 0; item = take_item(shared, items, lane)) {
-    for (int c = 0; lane == 0 && c < item.chunks; ++c) {
+    for (int c = item.first; lane == 0 && c < item.end; ++c) {
       wait_full(shared, O_FULL, ring);
       const Place at = place(p, item, c * CHUNK);
 #pragma unroll
@@ -185,7 +190,7 @@ __device__ __forceinline__ void make_gates(const ForwardParameters& p, SharedMem
     wait_full(shared, ITEM_FULL, items);
     const Item& item = shared.items[items.stage];  // read again where needed: registers are short
     if (item.sequence < 0) break;
-    for (int c = 0; c < item.chunks; ++c, ++count) {
+    for (int c = item.first; c < item.end; ++c, ++count) {
       const Ring ring = ring_at<Shape<STATE>::GATES>(count), keys = ring_at<Shape<STATE>::KQ>(count);
       const TokenGates tokens = token_gates(p.gates, item, item.value_head, c * CHUNK + lane);
       float2 nk = {1.0f, 1.0f}, nq = {1.0f, 1.0f};
@@ -213,7 +218,8 @@ __device__ __forceinline__ void make_all_tiles(SharedMemory<STATE>& shared, int 
   while (true) {
     const Ring items = ring_at<S::ITEMS>(item_count++);
     wait_full(shared, ITEM_FULL, items);
-    const int chunks = shared.items[items.stage].sequence >= 0 ? shared.items[items.stage].chunks : -1;
+    const Item& item = shared.items[items.stage];
+    const int chunks = item.sequence >= 0 ? item.end - item.first : -1;
     arrive(shared, ITEM_FREE, items, lane);
     if (chunks < 0) break;
     for (const uint32_t end = count + static_cast<uint32_t>(chunks); count != end; ++count) {
@@ -250,13 +256,18 @@ __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemo
     const Item& item = shared.items[items.stage];  // read again where needed: registers are short
     if (item.sequence < 0) break;
     const int value = turn * VALUES + 16 * warp + (lane >> 2);
-    load_state(p.initial, v_first, p.initial.row(item.sequence, 0), item.value_head, s, item.first_value + value, column);
+    if (item.start >= 0) {
+      const int64_t row = static_cast<int64_t>(item.start) * p.value_heads + item.value_head;
+      load_state(p.starts + (row * p.values + item.first_value) * KEYS, s, value, column);
+    } else {
+      load_state(p.initial, v_first, p.initial.row(item.sequence, 0), item.value_head, s, item.first_value + value, column);
+    }
     uint32_t a[32];  // S^T rounded: operand of U and O
 #pragma unroll
     for (int i = 0; i < 32; ++i) a[i] = pack<T>(s[2 * i], s[2 * i + 1]);
 
-    const int chunks = item.chunks;
-    for (int c = 0; c < chunks; ++c, ++count) {
+    const int end = item.end;
+    for (int c = item.first; c < end; ++c, ++count) {
       const Ring keys = ring_at<S::KQ>(count), values = ring_at<S::V>(count), gate_ring = ring_at<S::GATES>(count),
                  outputs = ring_at<S::O>(count), tiles = ring_at<S::TILES>(count);
       float u[32], o[32];
@@ -389,7 +400,9 @@ __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemo
         store_state(p.saved + (row * p.values + item.first_value) * KEYS, s, value, column);
       }
     }
-    store_state(p.final, v_first, p.final.row(item.sequence, 0), item.value_head, s, item.first_value + value, column);
+    if (end * CHUNK >= item.tokens) {
+      store_state(p.final, v_first, p.final.row(item.sequence, 0), item.value_head, s, item.first_value + value, column);
+    }
     arrive(shared, ITEM_FREE, items, lane);
     items.next<S::ITEMS>();
   }

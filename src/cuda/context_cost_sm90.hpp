@@ -1,0 +1,101 @@
+// Whether it pays to cut sequences into runs, and into how many: the one place of that estimate. The planner on the device
+// asks it with the real lengths and a sample of the gates, the host with what the problem says.
+#pragma once
+
+#include <cstdint>
+
+namespace flashdelta::cuda {
+
+// Cycles on one SM. PREDICTIONS from the tensor cores' and memory's rates and the counted instructions; none is measured.
+struct Costs {
+  static constexpr float HALF_CHUNK = 1800;    // forward, a chunk, 64 values
+  static constexpr float FULL_CHUNK = 2800;    // forward, a chunk, 128 values
+  static constexpr float WALK_CHUNK = 1700;    // pre-pass, a chunk, 128 rows of values or transition
+  static constexpr float PREPARE_CHUNK = 900;  // pre-pass, tile T of a chunk
+  static constexpr float RUN = 6000;           // until a run's first chunk is under way
+  static constexpr float FOLD_STEP = 1800;     // from one run's first state to the next's
+  static constexpr float EMPTY = 12000;        // kernels of the pre-pass that find nothing to do
+  static constexpr float PRE_PASS = 30000;     // their start where there is something to do
+};
+
+// What a call's work is divided into.
+struct Machine {
+  int sm_count;
+  int value_heads;
+  int blocks;       // forward, of one head of a run
+  int walk_blocks;  // pre-pass, likewise, of values alone
+  float chunk;      // Costs::HALF_CHUNK or FULL_CHUNK
+};
+
+// A batch whose sequences of more than `length` chunks are cut into runs of the same length, as far as that goes.
+struct Cut {
+  unsigned chunks;                    // in all
+  unsigned longest;                   // run
+  unsigned large_runs, large_chunks;  // runs longer than half of `length`: at most one of them fits beside another
+  unsigned pre_runs, pre_chunks;      // runs but the last of cut sequences
+  unsigned steps;                     // of the longest fold
+};
+
+// A sequence's runs: `more` of `size` + 1 chunks, then others of `size`.
+struct Pieces {
+  int count, size, more;
+  __host__ __device__ int first(int i) const { return i * size + (i < more ? i : more); }
+  __host__ __device__ int longest() const { return size + (more > 0 ? 1 : 0); }
+};
+__host__ __device__ inline Pieces pieces(int chunks, int length) {
+  const int count = chunks > length ? (chunks + length - 1) / length : 1;
+  return {count, chunks / count, chunks % count};
+}
+
+// Calls add(member, x) for what one sequence adds to a cut, and raise(member, x) for what it raises it to.
+template <typename Add, typename Raise>
+__host__ __device__ void add_sequence(int chunks, int length, Add add, Raise raise) {
+  const Pieces p = pieces(chunks, length);
+  add(&Cut::chunks, chunks);
+  raise(&Cut::longest, p.longest());
+  if (2 * p.longest() > length) {
+    add(&Cut::large_runs, p.count);
+    add(&Cut::large_chunks, chunks);
+  }
+  add(&Cut::pre_runs, p.count - 1);
+  add(&Cut::pre_chunks, p.first(p.count - 1));
+  raise(&Cut::steps, p.count - 1);
+}
+
+// Heads by what the pre-pass has to do for a run of theirs.
+struct Heads {
+  int exact;      // all chunks, values and transition
+  float windows;  // the others: chunks of all of them together, values alone
+  float longest;  // of them
+};
+
+// Chunk times of the busiest SM: all work evenly, or the longest item, or rounds of large items.
+__host__ __device__ inline float makespan(float even, float longest, float large_items, float large_length, int sm_count) {
+  const auto rounds = static_cast<float>((static_cast<int64_t>(large_items) + sm_count - 1) / sm_count);
+  const float a = even / static_cast<float>(sm_count), b = rounds * large_length;
+  return a > b ? (a > longest ? a : longest) : (b > longest ? b : longest);
+}
+
+// Cycles of the forward alone.
+__host__ __device__ inline float forward_cost(const Machine& m, const Cut& cut) {
+  const auto items = static_cast<float>(m.value_heads * m.blocks);
+  const float large = cut.large_runs > 0 ? static_cast<float>(cut.large_chunks) / static_cast<float>(cut.large_runs) : 0.0f;
+  const float extra = Costs::RUN / m.chunk;  // as chunks
+  return m.chunk * makespan(items * static_cast<float>(cut.chunks), static_cast<float>(cut.longest) + extra,
+                            items * static_cast<float>(cut.large_runs), large + extra, m.sm_count);
+}
+
+// Cycles of the pre-pass. The transition's 128 rows are one more block of a walk.
+__host__ __device__ inline float pre_pass_cost(const Machine& m, const Cut& cut, const Heads& heads) {
+  if (cut.pre_runs == 0) return 0.0f;
+  const auto runs = static_cast<float>(cut.pre_runs), chunks = static_cast<float>(cut.pre_chunks);
+  const auto exact = static_cast<float>(heads.exact), blocks = static_cast<float>(m.walk_blocks);
+  const float length = chunks / runs, extra = Costs::RUN / Costs::WALK_CHUNK;
+  const float walks = exact * (blocks + 1) * chunks + blocks * heads.windows * runs;
+  const float longest = (heads.exact > 0 ? length : heads.longest) + extra;
+  const float prepared = (exact * chunks + heads.windows * runs) / static_cast<float>(m.sm_count) + 1;
+  return Costs::PRE_PASS + Costs::FOLD_STEP * static_cast<float>(cut.steps) + Costs::PREPARE_CHUNK * prepared +
+         Costs::WALK_CHUNK * makespan(walks, longest, exact * (blocks + 1) * runs, length + extra, m.sm_count);
+}
+
+}  // namespace flashdelta::cuda

@@ -1,0 +1,44 @@
+// Context parallelism: a sequence is cut into runs of chunks that several SMs walk at once. A run's last state is affine in
+// its first, S_out = M S_in + B, so that the first states of all runs follow from a pre-pass:
+//
+//   plan      longest sequences into runs, on the device from cu_seqlens; all runs in order of length
+//   windows   for each run of the pre-pass and head: do the last chunks alone decide its last state, the rest having
+//             decayed below the bound? Then the run starts there, from zero, and M counts as zero
+//   prepare   tile T and vectors of the chunks that are needed        (prepare_sm90.hpp)
+//   states    B, and M where it counts, of every run but each sequence's last    (states_sm90.hpp)
+//   fold      first states, run after run
+//
+// and the forward then walks the runs as if each was a sequence. See docs/kernels.md.
+#pragma once
+
+#include "backend.hpp"
+#include "cuda/forward_sm90.hpp"
+
+namespace flashdelta::cuda {
+
+// State warpgroups of the forward's blocks, 1 or 2, where sequences are walked whole and where they are cut.
+int shape_of_sequences(const fd_problem&, int sm_count);
+int shape_of_runs(const fd_problem&);
+
+// Whether sequences of such a call are cut, if what lies on the device makes it worth while. Pure.
+bool may_split(const fd_problem&);
+
+// Bytes of `plan_runs`'s workspace. Pure.
+std::size_t runs_workspace(const fd_problem&);
+
+// The forward's runs, on the device. Two counts: blocks are launched in the shape for sequences with the first, in that for
+// runs with the second, and one of them is zero; null where one shape serves both.
+struct ForwardRuns {
+  const ForwardRun* runs;
+  const int* count[2];
+  int64_t most;  // runs
+  const float* starts;
+  unsigned int* next_item;
+};
+
+// Enqueues what comes before the forward: puts the runs in order and, if sequences may be cut, finds their first states. `k`
+// and `v`: tensor maps. The workspace may hold anything.
+fd_status plan_runs(const fd_forward_args&, const CUtensorMap& k, const CUtensorMap& v, ForwardRuns&, int sm_count,
+                    void* workspace, void* stream);
+
+}  // namespace flashdelta::cuda
