@@ -29,18 +29,6 @@ constexpr double BFLOAT16_LIMIT = 0.003, FLOAT16_LIMIT = 0.0015, VECTOR_LIMIT = 
 
 constexpr int FEW_SMS = 1, SOME_SMS = 3;  // one block for all chunks; several
 
-class Error {
- public:
-  void add(double got, double expected) {
-    error_ += (got - expected) * (got - expected);
-    norm_ += expected * expected;
-  }
-  double relative() const { return std::sqrt(error_ / norm_); }
-
- private:
-  double error_ = 0, norm_ = 1e-30;
-};
-
 void compare(const Case& c, const Data& d, const Wave& wave, bool p, std::int64_t n, std::int64_t value_head) {
   const HeadInputs inputs = head_inputs(c, d, n, value_head);
   const HeadReference expected = chunk_reference(inputs);
@@ -48,7 +36,7 @@ void compare(const Case& c, const Data& d, const Wave& wave, bool p, std::int64_
     if (!c.l2norm) return 1.0;
     return token < inputs.tokens ? inverse_norm(rows, d.first_token(c, n) + token, value_head / (c.HV / c.H)) : 1e3;
   };
-  Error T, P, rise, end, beta, key, query;
+  RelativeError T, P, rise, end, beta, key, query;
   for (std::size_t chunk = 0; chunk < expected.chunks.size(); ++chunk) {
     const ChunkTiles& tiles = expected.chunks[chunk];
     const auto slot = wave.first_slot[static_cast<std::size_t>(n)] + static_cast<int>(chunk);
@@ -73,17 +61,9 @@ void compare(const Case& c, const Data& d, const Wave& wave, bool p, std::int64_
     }
   }
   const double limit = c.dtype == FD_BFLOAT16 ? BFLOAT16_LIMIT : FLOAT16_LIMIT;
-  EXPECT_LE(T.relative(), limit);
-  EXPECT_LE(P.relative(), limit);
-  for (const Error& vector : {rise, end, beta, key, query}) EXPECT_LE(vector.relative(), VECTOR_LIMIT);
-}
-
-bool poison(const std::uint8_t* from, std::int64_t bytes) {
-  return std::all_of(from, from + bytes, [](std::uint8_t x) { return x == 0xff; });
-}
-
-bool same_bytes(const testing::Memory& a, const testing::Memory& b) {
-  return std::equal(a.data(), a.data() + a.size(), b.data(), b.data() + b.size());
+  EXPECT_LE(T.value(), limit);
+  EXPECT_LE(P.value(), limit);
+  for (const RelativeError& vector : {rise, end, beta, key, query}) EXPECT_LE(vector.value(), VECTOR_LIMIT);
 }
 
 void run(const Case& c, Wave& wave, bool p, int sm_count, Schedule schedule = Schedule::forward) {
@@ -97,8 +77,7 @@ void run(const Case& c, Wave& wave, bool p, int sm_count, Schedule schedule = Sc
     if (wave.chunks[slot].sequence >= 0) continue;
     const std::int64_t at = wave.scratch.head(static_cast<int>(slot), 0);
     EXPECT_TRUE(poison(wave.scratch.t + at * cuda::TILE, c.HV * cuda::TILE)) << "slot " << slot;
-    EXPECT_TRUE(poison(reinterpret_cast<std::uint8_t*>(wave.scratch.vectors + at),
-                       c.HV * static_cast<std::int64_t>(sizeof(cuda::ChunkVectors))))
+    EXPECT_TRUE(poison(wave.scratch.vectors + at, c.HV * static_cast<std::int64_t>(sizeof(cuda::ChunkVectors))))
         << "slot " << slot;
   }
   for (std::int64_t n = 0; n < c.N(); ++n) {

@@ -23,11 +23,14 @@ std::size_t bytes(const Case& c, std::size_t each, bool per_block) {
 
 const std::function<fd_status(const fd_forward_args&)>* body_of_call;
 
-fd_status normal_call(const fd_forward_args* call, void*, std::size_t, void*) {
+fd_status normal_call(const fd_forward_args* call, void*, std::size_t, void*) try {
   fd_forward_args args = read(call);
-  const fd_problem problem = normalise(Operation::forward, read(args.problem));
+  const fd_problem given = read(args.problem), problem = normalise(Operation::forward, given);
   args.problem = &problem;
+  check(args, given.N > 0, {"saved", nullptr, 0, true}, {"workspace", nullptr, 0, true});
   return (*body_of_call)(args);
+} catch (const Refusal& refusal) {
+  return fail(refusal.status, refusal.message);
 }
 
 }  // namespace
@@ -63,6 +66,15 @@ Wave::Wave(const Case& c)
 
 bool Wave::guards_intact() const {
   return vectors.guards_intact() && t.guards_intact() && p.guards_intact() && s.guards_intact() && r.guards_intact();
+}
+
+bool same_bytes(const testing::Memory& a, const testing::Memory& b) {
+  return std::equal(a.data(), a.data() + a.size(), b.data(), b.data() + b.size());
+}
+
+bool poison(const void* from, std::int64_t bytes) {
+  const auto* first = static_cast<const std::uint8_t*>(from);
+  return std::all_of(first, first + bytes, [](std::uint8_t x) { return x == 0xff; });
 }
 
 void with_call(const Case& c, const Data& d, const std::function<fd_status(const fd_forward_args&)>& body) {

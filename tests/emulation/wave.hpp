@@ -42,4 +42,20 @@ HeadInputs head_inputs(const testing::Case&, const testing::Data&, std::int64_t 
 // 1 / |row| of a [B, T, heads, columns] array, `token` counted over the batch.
 double inverse_norm(const testing::Array&, std::int64_t token, std::int64_t head);
 
+// Sum of squared differences over the sum of squares expected, and the root of it.
+class RelativeError {
+ public:
+  void add(double got, double expected) {
+    error_ += (got - expected) * (got - expected);
+    norm_ += expected * expected;
+  }
+  double value() const { return std::sqrt(error_ / norm_); }
+
+ private:
+  double error_ = 0, norm_ = 1e-30;
+};
+
+bool same_bytes(const testing::Memory&, const testing::Memory&);
+bool poison(const void* from, std::int64_t bytes);  // nothing was written there
+
 }  // namespace flashdelta::emulation

@@ -1,0 +1,168 @@
+// The kernel of src/cuda/states_sm90.cu on the emulated device against float64, and bit by bit against the forward.
+#include "tests/emulation/states_sm90.hpp"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "tests/emulation/prepare_sm90.hpp"
+#include "tests/emulation/sm90.hpp"
+#include "tests/support/call.hpp"
+#include "tests/support/compare.hpp"
+
+namespace flashdelta::emulation {
+namespace {
+
+using testing::Case;
+using testing::Data;
+using testing::Gates;
+using testing::Keys;
+using testing::Strengths;
+
+constexpr int C = cuda::CHUNK, K = cuda::KEYS;
+constexpr float nan = std::numeric_limits<float>::quiet_NaN();
+
+// Relative L2 error of one (sequence, value head), rounding to 16 bits included.
+constexpr double BFLOAT16_LIMIT = 0.006, FLOAT16_LIMIT = 0.0015;
+double limit(const Case& c) { return (c.hard() ? 2 : 1) * (c.dtype == FD_BFLOAT16 ? BFLOAT16_LIMIT : FLOAT16_LIMIT); }
+
+constexpr int FEW_SMS = 2, MANY_SMS = 132;  // pairs of blocks of rows, unless their number is odd; one
+
+std::size_t state_size(const Case& c) { return static_cast<std::size_t>(c.V * K); }
+
+// A run each for all sequences, and between them runs that are none.
+std::vector<cuda::Run> whole_sequences(const Case& c, const Wave& wave) {
+  std::vector<cuda::Run> runs;
+  for (int n = 0; n < c.N(); ++n) {
+    const auto at = static_cast<std::size_t>(n);
+    runs.push_back({n, 0, static_cast<int>((c.lengths[at] + C - 1) / C), wave.first_slot[at]});
+    runs.push_back({-1, 0, 0, 0});
+  }
+  return runs;
+}
+
+// Prepares and walks the runs. Returns all outcomes: [run][value head][V or V + K][K].
+std::vector<float> walk(const Case& c, const Data& d, Wave& wave, const std::vector<cuda::Run>& runs,
+                        StatesSetting setting) {
+  std::vector<float> outcomes(runs.size() * static_cast<std::size_t>(c.HV * (c.V + (setting.transition ? K : 0)) * K), nan);
+  setting.outcomes = outcomes.data();
+  with_call(c, d, [&](const fd_forward_args& args) {
+    const fd_status status = prepare(args, wave, false, setting.sm_count, setting.schedule);
+    return status == FD_OK ? states(args, wave, runs, setting) : status;
+  });
+  EXPECT_TRUE(wave.guards_intact());
+  return outcomes;
+}
+
+// Rows of S^T against a [K, V] matrix.
+void add_state(RelativeError& error, const float* got, const std::vector<double>& expected, std::int64_t V) {
+  for (std::int64_t k = 0; k < K; ++k) {
+    for (std::int64_t v = 0; v < V; ++v) error.add(got[v * K + k], expected[static_cast<std::size_t>(k * V + v)]);
+  }
+}
+
+void compare_tiles(const Case& c, const Wave& wave, const HeadReference& expected, int first_slot, int value_head) {
+  RelativeError S, R;
+  for (std::size_t chunk = 0; chunk < expected.chunks.size(); ++chunk) {
+    std::vector<double> s(state_size(c)), r(static_cast<std::size_t>(C * c.V));
+    for (int b = 0; b < wave.scratch.value_blocks; ++b) {
+      const std::int64_t at = wave.scratch.block(first_slot + static_cast<int>(chunk), value_head, b);
+      read_state_tile(wave.scratch.s + at * cuda::STATE_TILE, c.dtype, s, static_cast<int>(c.V), b * cuda::VALUES);
+      read_tile(wave.scratch.r + at * cuda::TILE, c.dtype, r.data() + b * cuda::VALUES, static_cast<int>(c.V));
+    }
+    const ChunkTiles& tiles = expected.chunks[chunk];
+    for (std::size_t i = 0; i < s.size(); ++i) S.add(s[i], tiles.S[i]);
+    for (std::size_t i = 0; i < r.size(); ++i) R.add(r[i], tiles.R[i]);
+  }
+  EXPECT_LE(S.value(), limit(c));
+  EXPECT_LE(R.value(), limit(c));
+}
+
+std::vector<Case> states_cases() {
+  std::vector<Case> list;
+  const auto add = [&](const char* name, std::vector<std::int64_t> lengths, auto change) {
+    Case c;
+    c.name = name;
+    c.lengths = std::move(lengths);
+    c.packed = true;
+    c.HV = 2;
+    c.K = c.V = 128;
+    c.dtype = FD_BFLOAT16;
+    change(c);
+    list.push_back(c);
+  };
+  add("Edges", {130, 0, 1, 63, 65, 0, 64}, [](Case& c) { c.padding = 70, c.H = 2; });
+  add("Batch", {70, 70}, [](Case& c) { c.packed = false, c.HV = 1; });
+  add("NoTokens", {0, 0}, [](Case& c) { c.packed = false; });
+  add("OneValueBlockFourValueHeads", {200}, [](Case& c) { c.V = 64, c.HV = 4; });
+  add("ThreeValueBlocks", {100, 70}, [](Case& c) { c.V = 192, c.padding = 3; });
+  add("FourValueBlocks", {100}, [](Case& c) { c.V = 256; });
+  add("CorrelatedKeys", {200}, [](Case& c) { c.keys = Keys::correlated, c.strengths = Strengths::full; });
+  add("IdenticalKeys", {200}, [](Case& c) { c.keys = Keys::identical, c.strengths = Strengths::full; });
+  add("StrongDecay", {100, 70}, [](Case& c) { c.gates = Gates::strong; });
+  add("MixedDecay", {100, 70}, [](Case& c) { c.gates = Gates::mixed, c.HV = 4; });
+  add("NoGatesNoStrengths", {100}, [](Case& c) { c.gates = Gates::none, c.strengths = Strengths::none; });
+  add("Float16ValueFirst", {100, 70}, [](Case& c) { c.dtype = FD_FLOAT16, c.v_first = true; });
+  add("BFloat16InitialStates", {100, 70}, [](Case& c) { c.initial_dtype = FD_BFLOAT16; });
+  add("Pool", {100, 70, 30, 65}, [](Case& c) { c.pool = true; });
+  add("NoInitialState", {100, 70}, [](Case& c) { c.initial_state = false; });
+  add("RawGatesLogitsNorm", {100, 70},
+      [](Case& c) { c.gates = Gates::raw, c.strengths = Strengths::logit, c.l2norm = true, c.padding = 70; });
+  return list;
+}
+
+class EmulatedStates : public ::testing::TestWithParam<Case> {};
+
+TEST_P(EmulatedStates, AreThoseOfFloat64AndOfTheForwardBitByBit) {
+  const Case& c = GetParam();
+  const Data d = make_data(c, 1);
+  Wave wave(c), other(c);
+  const std::vector<cuda::Run> runs = whole_sequences(c, wave);
+  const std::vector<float> outcomes = walk(c, d, wave, runs, {.sm_count = MANY_SMS});
+  const std::vector<float> pairs = walk(c, d, other, runs, {.sm_count = FEW_SMS});
+  EXPECT_EQ(std::memcmp(outcomes.data(), pairs.data(), outcomes.size() * sizeof(float)), 0);
+  EXPECT_TRUE(same_bytes(wave.s, other.s));
+  EXPECT_TRUE(same_bytes(wave.r, other.r));
+
+  hopper = {MANY_SMS, Schedule::forward};
+  const testing::Results forward = testing::forward(c, d, {.backend = FD_BACKEND_REFERENCE, .forward = emulation::forward});
+  const std::vector<double>& final = forward.at("final_state").values.x;
+  std::vector<bool> used(wave.chunks.size());
+  for (std::int64_t n = 0; n < c.N(); ++n) {
+    const int first_slot = wave.first_slot[static_cast<std::size_t>(n)];
+    for (std::int64_t hv = 0; hv < c.HV; ++hv) {
+      SCOPED_TRACE("sequence " + std::to_string(n) + ", value head " + std::to_string(hv));
+      const HeadReference expected = chunk_reference(head_inputs(c, d, n, hv));
+      compare_tiles(c, wave, expected, first_slot, static_cast<int>(hv));
+      const float* outcome = outcomes.data() + static_cast<std::size_t>(2 * n * c.HV + hv) * state_size(c);
+      RelativeError state;
+      add_state(state, outcome, expected.state, c.V);
+      EXPECT_LE(state.value(), limit(c));
+      for (std::int64_t i = 0; i < c.V * K && (!c.pool || d.has_row[static_cast<std::size_t>(n)]); ++i) {
+        const std::int64_t k = i % K, v = i / K, at = c.v_first ? i : k * c.V + v;
+        ASSERT_EQ(outcome[i], final[static_cast<std::size_t>((n * c.HV + hv) * c.V * K + at)])
+            << "value " << v << ", key " << k;
+      }
+    }
+    for (std::int64_t chunk = 0; chunk * C < c.lengths[static_cast<std::size_t>(n)]; ++chunk) {
+      used[static_cast<std::size_t>(first_slot + chunk)] = true;
+    }
+  }
+  for (std::size_t slot = 0; slot < used.size(); ++slot) {
+    const std::int64_t at = wave.scratch.block(static_cast<int>(slot), 0, 0), blocks = c.HV * wave.scratch.value_blocks;
+    EXPECT_TRUE(used[slot] || poison(wave.scratch.s + at * cuda::STATE_TILE, blocks * cuda::STATE_TILE)) << "slot " << slot;
+    EXPECT_TRUE(used[slot] || poison(wave.scratch.r + at * cuda::TILE, blocks * cuda::TILE)) << "slot " << slot;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(, EmulatedStates, ::testing::ValuesIn(states_cases()),
+                         testing::case_name<::testing::TestParamInfo<Case>>);
+
+}  // namespace
+}  // namespace flashdelta::emulation
