@@ -1,0 +1,298 @@
+// The backward (docs/kernels.md): waves of segments, from the last to the first; scratch memory holds one wave.
+//
+//   cut        once: which chunks, segments and pieces of sequences each wave has
+//   per wave   prepare    vectors, T, P of all chunks
+//              states     S and R of all chunks, segment by segment from saved states
+//              chain      dv, gradients of the state, from last chunk to first
+//              gradients  dq, dk, dg, dbeta of all chunks
+//   finish     once: dA_log, ddt_bias; zeros in rows past the last sequence
+//
+// If the forward saved no states, they are found first: per wave, from the first on, prepare and states once more.
+#include <algorithm>
+#include <string>
+
+#include "cuda/backward_sm90.hpp"
+#include "cuda/chain_sm90.hpp"
+#include "cuda/cut_sm90.hpp"
+#include "cuda/finish_sm90.hpp"
+#include "cuda/gradients_sm90.hpp"
+#include "cuda/prepare_sm90.hpp"
+#include "cuda/states_sm90.hpp"
+#include "cuda/tensor_map_sm90.hpp"
+
+namespace flashdelta::cuda {
+namespace {
+
+// Gives out aligned parts of the workspace; with a null base it only counts.
+class Parts {
+ public:
+  explicit Parts(void* base) : base_(static_cast<char*>(base)) {}
+  template <typename T>
+  T* take(int64_t count) {
+    constexpr std::size_t ALIGNMENT = 256;
+    T* part = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + bytes_);
+    bytes_ += (static_cast<std::size_t>(count) * sizeof(T) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    return part;
+  }
+  std::size_t bytes() const { return bytes_; }
+
+ private:
+  char* base_;
+  std::size_t bytes_ = 0;
+};
+
+// Scratch bytes of one slot and value head.
+int64_t bytes_per_head(const fd_problem& p) {
+  const int64_t blocks = p.V / VALUES;
+  return static_cast<int64_t>(sizeof(ChunkVectors)) + 2 * TILE +
+         blocks * (2 * STATE_TILE + 2 * TILE + CHUNK * static_cast<int64_t>(sizeof(float)));
+}
+
+// As many tokens a wave as the limit on the workspace allows: all at once, or at least a segment.
+int64_t wave_tokens(const fd_problem& p) {
+  const int64_t positions = p.B * p.T;
+  const int64_t slots = p.workspace_limit / std::max<int64_t>(1, p.HV * bytes_per_head(p)) - p.N;
+  if (slots >= positions / CHUNK) return std::max<int64_t>(positions, SEGMENT);
+  return std::max<int64_t>(SEGMENT, (slots * CHUNK - SEGMENT) / SEGMENT * SEGMENT);
+}
+
+struct Workspace {
+  Tiling tiling;
+  Tables tables;
+  Scratch scratch;
+  float* saved;       // states before segments, unless the forward kept them
+  float* carry[2];    // gradient of a state at the border of two waves, in turn
+  float2* gate_sums;  // [waves, chunk_slots, HV]
+  std::size_t bytes;
+
+  Workspace(const fd_problem& p, void* base) : tiling(make_tiling(p, wave_tokens(p))) {
+    Parts parts(base);
+    const int64_t heads = int64_t{tiling.chunk_slots} * p.HV, blocks = heads * (p.V / VALUES), state = p.HV * p.K * p.V;
+    tables.chunks = parts.take<ChunkPlace>(int64_t{tiling.waves} * tiling.chunk_slots);
+    tables.segments = parts.take<Run>(int64_t{tiling.waves} * tiling.segment_slots);
+    tables.pieces = parts.take<Run>(int64_t{tiling.waves} * tiling.sequence_slots);
+    scratch.value_heads = static_cast<int>(p.HV);
+    scratch.value_blocks = static_cast<int>(p.V / VALUES);
+    scratch.vectors = parts.take<ChunkVectors>(heads);
+    scratch.t = parts.take<uint8_t>(heads * TILE);
+    scratch.p = parts.take<uint8_t>(heads * TILE);
+    scratch.s = parts.take<uint8_t>(blocks * STATE_TILE);
+    scratch.ds = parts.take<uint8_t>(blocks * STATE_TILE);
+    scratch.r = parts.take<uint8_t>(blocks * TILE);
+    scratch.dv = parts.take<uint8_t>(blocks * TILE);
+    scratch.dbeta = parts.take<float>(blocks * CHUNK);
+    saved = parts.take<float>(static_cast<int64_t>(saved_bytes(p) / sizeof(float)));
+    for (float*& c : carry) c = parts.take<float>(tiling.waves > 1 ? state : 0);
+    gate_sums = parts.take<float2>(p.gate == FD_GATE_RAW ? tiling.waves * heads : 0);
+    bytes = parts.bytes();
+  }
+};
+
+// A call's kernels, with everything that does not change from wave to wave.
+class Backward {
+ public:
+  Backward(const fd_backward_args& args, void* workspace, int sm_count, void* stream)
+      : args_(args),
+        p_(*args.problem),
+        workspace_(p_, workspace),
+        sequences_(args),
+        gates_(args),
+        initial_(args.initial_state, p_.initial_dtype, p_.initial_rows, args.initial_index, p_.index_dtype,
+                 p_.initial_slots),
+        sm_count_(sm_count),
+        stream_(stream) {}
+
+  fd_status run() {
+    if (p_.N == 0 || p_.HV == 0) return FD_OK;
+    const Tiling& tiling = workspace_.tiling;
+    fd_status status = make_maps();
+    if (status == FD_OK) status = launch_cut(tiling, sequences_, workspace_.tables, stream_);
+    if (args_.saved == nullptr && saved_bytes(p_) > 0) {
+      for (int wave = 0; wave < tiling.waves && status == FD_OK; ++wave) {
+        status = prepare(wave);
+        if (status == FD_OK) status = save_states(wave);
+      }
+    }
+    for (int wave = tiling.waves; wave-- > 0 && status == FD_OK;) {
+      status = prepare(wave);
+      if (status == FD_OK) status = states(wave);
+      if (status == FD_OK) status = chain(wave);
+      if (status == FD_OK) status = gradients(wave);
+    }
+    return status == FD_OK ? finish() : status;
+  }
+
+ private:
+  fd_status make_maps() {
+    const bool packed = args_.cu_seqlens != nullptr;
+    const struct {
+      CUtensorMap& map;
+      const char* name;
+      const fd_tensor& tensor;
+      int64_t heads, columns;
+    } maps[] = {
+        {q_, "fd_backward: q", args_.q, p_.H, p_.K},     {k_, "fd_backward: k", args_.k, p_.H, p_.K},
+        {v_, "fd_backward: v", args_.v, p_.HV, p_.V},    {do_, "fd_backward: do", args_.do_, p_.HV, p_.V},
+        {dq_, "fd_backward: dq", args_.dq, p_.H, p_.K},  {dk_, "fd_backward: dk", args_.dk, p_.H, p_.K},
+        {dv_, "fd_backward: dv", args_.dv, p_.HV, p_.V},
+    };
+    for (const auto& m : maps) {
+      if (m.tensor.data == nullptr) continue;
+      const fd_status status = tensor_map(m.map, m.name, m.tensor, p_, packed, m.heads, m.columns);
+      if (status != FD_OK) return status;
+    }
+    return FD_OK;
+  }
+
+  const ChunkPlace* chunks(int wave) const {
+    return workspace_.tables.chunks + int64_t{wave} * workspace_.tiling.chunk_slots;
+  }
+  const Run* pieces(int wave) const { return workspace_.tables.pieces + int64_t{wave} * workspace_.tiling.sequence_slots; }
+  bool bfloat16() const { return p_.dtype == FD_BFLOAT16; }
+  int heads() const { return static_cast<int>(p_.H); }
+
+  fd_status prepare(int wave) {
+    const PrepareParameters parameters{
+        .q = q_,
+        .k = k_,
+        .gates = gates_,
+        .sequences = sequences_,
+        .chunks = chunks(wave),
+        .scratch = workspace_.scratch,
+        .slots = workspace_.tiling.chunk_slots,
+        .heads = heads(),
+        .scale = static_cast<float>(p_.scale),
+        .l2norm_eps = static_cast<float>(p_.l2norm_eps),
+    };
+    return launch_prepare(parameters, bfloat16(), p_.qk_l2norm != 0, sm_count_, stream_);
+  }
+
+  StatesParameters states_parameters() const {
+    return {
+        .k = k_,
+        .v = v_,
+        .sequences = sequences_,
+        .scratch = workspace_.scratch,
+        .runs = nullptr,
+        .run_count = 0,
+        .heads = heads(),
+        .row_blocks = workspace_.scratch.value_blocks,
+        .initial = initial_,
+        .state_v_first = p_.state_v_first,
+        .saved = args_.saved != nullptr ? static_cast<const float*>(args_.saved) : workspace_.saved,
+        .save = nullptr,
+        .outcomes = nullptr,
+    };
+  }
+
+  fd_status save_states(int wave) {
+    StatesParameters parameters = states_parameters();
+    parameters.runs = pieces(wave);
+    parameters.run_count = workspace_.tiling.sequence_slots;
+    parameters.scratch.s = parameters.scratch.r = nullptr;
+    parameters.save = workspace_.saved;
+    return launch_states(parameters, bfloat16(), sm_count_, stream_);
+  }
+
+  fd_status states(int wave) {
+    StatesParameters parameters = states_parameters();
+    parameters.runs = workspace_.tables.segments + int64_t{wave} * workspace_.tiling.segment_slots;
+    parameters.run_count = workspace_.tiling.segment_slots;
+    return launch_states(parameters, bfloat16(), sm_count_, stream_);
+  }
+
+  fd_status chain(int wave) {
+    const fd_index none{};
+    const ChainParameters parameters{
+        .q = q_,
+        .k = k_,
+        .do_ = do_,
+        .dv = dv_,
+        .has_do = args_.do_.data != nullptr,
+        .has_dv = args_.dv.data != nullptr,
+        .sequences = sequences_,
+        .scratch = workspace_.scratch,
+        .pieces = pieces(wave),
+        .piece_count = workspace_.tiling.sequence_slots,
+        .heads = heads(),
+        .initial = initial_,
+        .dfinal = Pool(args_.dfinal_state, p_.final_dtype, p_.N, none, p_.index_dtype, 0),
+        .dinitial = Pool(args_.dinitial_state, p_.initial_dtype, p_.N, none, p_.index_dtype, 0),
+        .state_v_first = p_.state_v_first,
+        .carry_in = workspace_.carry[(wave + 1) % 2],
+        .carry_out = workspace_.carry[wave % 2],
+        .scale = static_cast<float>(p_.scale),
+    };
+    return launch_chain(parameters, bfloat16(), sm_count_, stream_);
+  }
+
+  fd_status gradients(int wave) {
+    const int64_t heads_before = int64_t{wave} * workspace_.tiling.chunk_slots * p_.HV;
+    const GradientParameters parameters{
+        .q = q_,
+        .k = k_,
+        .do_ = do_,
+        .dq = dq_,
+        .dk = dk_,
+        .has_do = args_.do_.data != nullptr,
+        .has_dq = args_.dq.data != nullptr,
+        .has_dk = args_.dk.data != nullptr,
+        .gates = gates_,
+        .sequences = sequences_,
+        .dg = View(args_.dg, p_.gate_dtype),
+        .dbeta = View(args_.dbeta, p_.beta_dtype),
+        .gate_sums = p_.gate == FD_GATE_RAW ? workspace_.gate_sums + heads_before : nullptr,
+        .chunks = chunks(wave),
+        .scratch = workspace_.scratch,
+        .slots = workspace_.tiling.chunk_slots,
+        .heads = heads(),
+        .l2norm = p_.qk_l2norm,
+        .scale = static_cast<float>(p_.scale),
+    };
+    return launch_gradients(parameters, bfloat16(), sm_count_, stream_);
+  }
+
+  fd_status finish() {
+    const FinishParameters parameters{
+        .sequences = sequences_,
+        .dq = View(args_.dq, p_.dtype),
+        .dk = View(args_.dk, p_.dtype),
+        .dv = View(args_.dv, p_.dtype),
+        .dg = View(args_.dg, p_.gate_dtype),
+        .dbeta = View(args_.dbeta, p_.beta_dtype),
+        .dA_log = View(args_.dA_log, p_.A_log_dtype),
+        .ddt_bias = View(args_.ddt_bias, p_.dt_bias_dtype),
+        .gate_sums = workspace_.gate_sums,
+        .sum_count = int64_t{workspace_.tiling.waves} * workspace_.tiling.chunk_slots,
+        .heads = heads(),
+        .value_heads = static_cast<int>(p_.HV),
+        .values = static_cast<int>(p_.V),
+    };
+    return launch_finish(parameters, sm_count_, stream_);
+  }
+
+  const fd_backward_args& args_;
+  const fd_problem& p_;
+  const Workspace workspace_;
+  const Sequences sequences_;
+  const Gates gates_;
+  const Pool initial_;
+  const int sm_count_;
+  void* const stream_;
+  CUtensorMap q_{}, k_{}, v_{}, do_{}, dq_{}, dk_{}, dv_{};
+};
+
+}  // namespace
+
+// No sequence has a second segment if none can be longer than one.
+std::size_t saved_bytes(const fd_problem& p) {
+  return p.T <= SEGMENT ? 0 : static_cast<std::size_t>(saved_rows(p.B * p.T) * p.HV * p.V * p.K) * sizeof(float);
+}
+
+std::size_t backward_workspace(const fd_problem& p) { return Workspace(p, nullptr).bytes; }
+
+fd_status run_backward(const fd_backward_args& args, void* workspace, int sm_count, void* stream) {
+  return Backward(args, workspace, sm_count, stream).run();
+}
+
+}  // namespace flashdelta::cuda
