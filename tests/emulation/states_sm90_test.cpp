@@ -164,5 +164,112 @@ TEST_P(EmulatedStates, AreThoseOfFloat64AndOfTheForwardBitByBit) {
 INSTANTIATE_TEST_SUITE_P(, EmulatedStates, ::testing::ValuesIn(states_cases()),
                          testing::case_name<::testing::TestParamInfo<Case>>);
 
+Case states_case(std::vector<std::int64_t> lengths, std::int64_t V) {
+  Case c = states_cases()[0];
+  c.lengths = std::move(lengths);
+  c.padding = 5;
+  c.H = 1;
+  c.V = V;
+  return c;
+}
+
+// `saved` of the forward that runs.
+testing::Memory* saved_by_the_forward;
+
+fd_status forward_with_saved(const fd_forward_args* call, void* workspace, std::size_t bytes, void* stream) {
+  fd_forward_args args = *call;
+  args.saved = saved_by_the_forward->data();
+  args.saved_bytes = saved_by_the_forward->size();
+  return emulation::forward(&args, workspace, bytes, stream);
+}
+
+TEST(States, SegmentsGoOnFromSavedStatesWithTheSameBits) {
+  Case c = states_case({40, cuda::SEGMENT + 70, 30}, 128);
+  c.HV = 1;
+  const Data d = make_data(c, 2);
+  const std::size_t rows = static_cast<std::size_t>(cuda::saved_rows(c.T()));
+  testing::Memory save(rows * state_size(c) * sizeof(float)), expected(save.size());
+  Wave whole(c), segments(c);
+  const std::vector<float> last =
+      walk(c, d, whole, whole_sequences(c, whole), {.save = reinterpret_cast<float*>(save.data()), .sm_count = FEW_SMS});
+  saved_by_the_forward = &expected;
+  hopper = {FEW_SMS, Schedule::forward};
+  static_cast<void>(testing::forward(c, d, {.backend = FD_BACKEND_REFERENCE, .forward = forward_with_saved}));
+  EXPECT_TRUE(save.guards_intact());
+  EXPECT_TRUE(same_bytes(save, expected));
+
+  // The last sequence's only segment, the second one's in the wrong order, the first one's.
+  const int second = whole.first_slot[1];
+  const std::vector<cuda::Run> runs = {{2, 0, 1, whole.first_slot[2]},
+                                       {1, cuda::SEGMENT_CHUNKS, 2, second + cuda::SEGMENT_CHUNKS},
+                                       {1, 0, cuda::SEGMENT_CHUNKS, second},
+                                       {0, 0, 1, whole.first_slot[0]}};
+  for (const int sm_count : {FEW_SMS, MANY_SMS}) {
+    const std::vector<float> outcomes =
+        walk(c, d, segments, runs, {.saved = reinterpret_cast<float*>(save.data()), .sm_count = sm_count});
+    EXPECT_TRUE(same_bytes(segments.s, whole.s));
+    EXPECT_TRUE(same_bytes(segments.r, whole.r));
+    const auto same = [&](std::size_t run, const float* state) {
+      return std::memcmp(outcomes.data() + run * state_size(c), state, state_size(c) * sizeof(float)) == 0;
+    };
+    EXPECT_TRUE(same(0, last.data() + 4 * state_size(c)));
+    EXPECT_TRUE(same(1, last.data() + 2 * state_size(c)));
+    const std::int64_t row = cuda::saved_row(40 + cuda::SEGMENT);
+    EXPECT_TRUE(same(2, reinterpret_cast<float*>(save.data()) + row * c.V * K));
+    EXPECT_TRUE(same(3, last.data()));
+  }
+}
+
+TEST(States, OutcomesAreAffineInTheFirstState) {
+  for (const std::int64_t V : {64, 128}) {
+    const Case c = states_case({70, 300}, V);
+    const Data d = make_data(c, 3);
+    Wave wave(c);
+    const int slot = wave.first_slot[1];
+    const std::vector<cuda::Run> runs = {{1, 0, 2, slot}, {1, 2, 3, slot + 2}};
+    for (const int sm_count : {FEW_SMS, MANY_SMS}) {
+      const std::vector<float> outcomes =
+          walk(c, d, wave, runs, {.tiles = false, .initial = false, .transition = true, .sm_count = sm_count});
+      for (std::int64_t hv = 0; hv < c.HV; ++hv) {
+        const HeadReference expected = chunk_reference(head_inputs(c, d, 1, hv));
+        const std::vector<double>* const states[3] = {&expected.chunks[0].S, &expected.chunks[2].S, &expected.state};
+        for (std::int64_t run = 0; run < 2; ++run) {
+          const std::vector<double>&in = *states[run], &out = *states[run + 1];
+          const float* from_zero = outcomes.data() + (run * c.HV + hv) * (V + K) * K;
+          const float* transition = from_zero + V * K;  // M transposed
+          RelativeError error;
+          for (std::int64_t v = 0; v < V; ++v) {
+            for (std::int64_t k = 0; k < K; ++k) {
+              double x = from_zero[v * K + k];
+              for (std::int64_t j = 0; j < K; ++j) x += in[static_cast<std::size_t>(j * V + v)] * transition[j * K + k];
+              error.add(x, out[static_cast<std::size_t>(k * V + v)]);
+            }
+          }
+          EXPECT_LE(error.value(), BFLOAT16_LIMIT) << "V " << V << ", head " << hv << ", run " << run;
+        }
+      }
+    }
+    EXPECT_TRUE(poison(wave.s.data(), static_cast<std::int64_t>(wave.s.size())));
+    EXPECT_TRUE(poison(wave.r.data(), static_cast<std::int64_t>(wave.r.size())));
+  }
+}
+
+TEST(States, TheOrderOfThreadsDoesNotMatter) {
+  const Case c = states_case({200, 0, 65}, 128);
+  const Data d = make_data(c, 4);
+  Wave expected(c);
+  const std::vector<float> outcomes = walk(c, d, expected, whole_sequences(c, expected), {});
+  for (const int sm_count : {FEW_SMS, MANY_SMS}) {
+    for (const Schedule schedule : {Schedule::backward, Schedule::shuffled}) {
+      Wave wave(c);
+      const std::vector<float> again =
+          walk(c, d, wave, whole_sequences(c, wave), {.sm_count = sm_count, .schedule = schedule});
+      EXPECT_EQ(std::memcmp(again.data(), outcomes.data(), outcomes.size() * sizeof(float)), 0);
+      EXPECT_TRUE(same_bytes(wave.s, expected.s));
+      EXPECT_TRUE(same_bytes(wave.r, expected.r));
+    }
+  }
+}
+
 }  // namespace
 }  // namespace flashdelta::emulation
