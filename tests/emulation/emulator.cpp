@@ -138,7 +138,8 @@ void run_block(int threads, Schedule schedule, const std::function<void()>& body
       constexpr std::array<std::size_t, 8> STEPS = {1, 17, 19, 23, 29, 31, 37, 41};  // coprime to all numbers of threads
       first = below(count);
       step = STEPS[below(STEPS.size())];
-      held = random_numbers() & random_numbers();
+      held = random_numbers();
+      held &= random_numbers();  // a quarter of them
       while (seed % 2 == 0 && !to_do.empty() && chance(4)) work(below(to_do.size()));
     }
     for (std::size_t i = 0; i < count; ++i) {
