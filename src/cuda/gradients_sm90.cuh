@@ -431,7 +431,8 @@ __device__ __forceinline__ void multiply_block(float (&s)[64], float (&dr)[32], 
   accumulators_ready(xr);
 }
 
-// Q K^T and K K^T of an item times the l2 norms of both sides. Returns the thread's part of its rows' Sums::overlap.
+// Q K^T and K K^T of an item below the diagonal, times the l2 norms of both sides. Returns the thread's part of its rows'
+// Sums::overlap.
 template <typename T>
 __device__ __forceinline__ float2 make_products(SharedMemory& shared, const ChunkVectors& vectors, const Lane& lane,
                                                 int thread) {
@@ -446,21 +447,26 @@ __device__ __forceinline__ float2 make_products(SharedMemory& shared, const Chun
   wgmma_wait<0>();
   accumulators_ready(qk);
   accumulators_ready(kk);
-  const float q0 = vectors.query[lane.row], q1 = vectors.query[lane.row + 8];
-  const float k0 = vectors.key[lane.row], k1 = vectors.key[lane.row + 8];
-  float2 overlap = {0.0f, 0.0f};
+  const float q_[2] = {vectors.query[lane.row], vectors.query[lane.row + 8]};
+  const float k_[2] = {vectors.key[lane.row], vectors.key[lane.row + 8]};
+  float overlap[2] = {0.0f, 0.0f};
 #pragma unroll
   for (int n = 0; n < 8; ++n) {
     const float2 c = *reinterpret_cast<const float2*>(&vectors.key[8 * n + lane.column]);
-    const float *x = qk + 4 * n, *y = kk + 4 * n;
-    shared.qk[n][thread] = make_float4(x[0] * (q0 * c.x), x[1] * (q0 * c.y), x[2] * (q1 * c.x), x[3] * (q1 * c.y));
-    const float4 z = make_float4(y[0] * (k0 * c.x), y[1] * (k0 * c.y), y[2] * (k1 * c.x), y[3] * (k1 * c.y));
-    shared.kk[n][thread] = z;
-    const int right = 8 * n + lane.column - lane.row;  // of the diagonal
-    overlap.x += (right == 0 ? 0.0f : z.x * z.x) + (right == -1 ? 0.0f : z.y * z.y);
-    overlap.y += (right == 8 ? 0.0f : z.z * z.z) + (right == 7 ? 0.0f : z.w * z.w);
+    float x[4], y[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int right = 8 * n + lane.column + (i & 1) - lane.row - 8 * (i / 2);  // of the diagonal
+      const float key = (i & 1) == 0 ? c.x : c.y;
+      x[i] = right < 0 ? qk[4 * n + i] * (q_[i / 2] * key) : 0.0f;
+      y[i] = right != 0 ? kk[4 * n + i] * (k_[i / 2] * key) : 0.0f;
+      overlap[i / 2] = fmaf(y[i], y[i], overlap[i / 2]);
+      y[i] = right < 0 ? y[i] : 0.0f;
+    }
+    shared.qk[n][thread] = make_float4(x[0], x[1], x[2], x[3]);
+    shared.kk[n][thread] = make_float4(y[0], y[1], y[2], y[3]);
   }
-  return overlap;
+  return {overlap[0], overlap[1]};
 }
 
 // Sums over the warp's 16 rows of four columns of dP .* Q K^T and of X .* K K^T: v[2 n + e] and v[4 + 2 n + e] for column
@@ -477,88 +483,109 @@ __device__ __forceinline__ float sum_columns(const float (&v)[8], int lane) {
   return (odd ? y[1] : y[0]) + __shfl_xor_sync(~0u, odd ? y[0] : y[1], 4);
 }
 
-// dP, X and E from do R^T and dv R^T. Leaves dP |k_j|^-1 as operand `a`, the tiles W and dP^T, sums over columns; returns
-// sums over the thread's part of its rows of dP .* Q K^T + E .* K K^T, the diagonal left out (there it cancels).
+// What the triangles of one value head go to and come from.
+struct Triangles {
+  uint32_t w, dp;  // tiles
+  const float4 (&qk)[8][128], (&kk)[8][128];
+  const ChunkVectors& vectors;
+  Sums& sums;
+  float scale;
+};
+
+// A block of 16 columns of the triangles; DIAGONAL: of the warp's own rows. See make_triangles.
+template <typename T, bool DIAGONAL>
+__device__ __forceinline__ void make_triangles_block(const Triangles& to, uint32_t* a, uint32_t (&dp_row)[4],
+                                                     const float* dr, const float* xr, float (&sum)[2], int b,
+                                                     const Lane& lane, int thread) {
+  const ChunkVectors& vectors = to.vectors;
+  const int row = lane.row;
+  const float g[2] = {vectors.gam[row], vectors.gam[row + 8]};
+  const float query[2] = {vectors.query[row], vectors.query[row + 8]};
+  const float key[2] = {vectors.key[row], vectors.key[row + 8]};
+  uint32_t e_row[4], e_column[4];  // E |k_i|^-1, E |k_j|^-1
+  float columns[8];
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    const int j = 16 * b + 8 * n + lane.column;
+    const float2 gam_ = *reinterpret_cast<const float2*>(&vectors.gam[j]);
+    const float2 beta_ = *reinterpret_cast<const float2*>(&vectors.beta[j]);
+    const float2 key_ = *reinterpret_cast<const float2*>(&vectors.key[j]);
+    const float4 qk_ = to.qk[2 * b + n][thread], kk_ = to.kk[2 * b + n][thread];
+    const float gam[2] = {gam_.x, gam_.y}, beta[2] = {beta_.x, beta_.y}, key_j[2] = {key_.x, key_.y};
+    const float qk[4] = {qk_.x, qk_.y, qk_.z, qk_.w}, kk[4] = {kk_.x, kk_.y, kk_.z, kk_.w};
+    float dp_k[4], dp_q[4], e_i[4], e_j[4], m[4], z[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int c = i & 1, r = i / 2, right = j + c - row - 8 * r;  // of the diagonal
+      const float decay = exp2_fast(g[r] - gam[c]);
+      const float dp = dr[4 * n + i] * (DIAGONAL && right > 0 ? 0.0f : decay) * (to.scale * beta[c]);
+      const float x = xr[4 * n + i] * (DIAGONAL && right >= 0 ? 0.0f : decay);
+      const float e = -(x * beta[c]);
+      m[i] = dp * qk[i];
+      z[i] = x * kk[i];
+      sum[r] += m[i];
+      sum[r] = fmaf(-beta[c], z[i], sum[r]);
+      dp_k[i] = dp * key_j[c];
+      dp_q[i] = dp * query[r];
+      e_i[i] = e * key[r];
+      e_j[i] = e * key_j[c];
+    }
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      columns[2 * n + c] = m[c] + m[2 + c];
+      columns[4 + 2 * n + c] = z[c] + z[2 + c];
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      a[2 * n + r] = pack<T>(dp_k[2 * r], dp_k[2 * r + 1]);
+      dp_row[2 * n + r] = pack<T>(dp_q[2 * r], dp_q[2 * r + 1]);
+      e_row[2 * n + r] = pack<T>(e_i[2 * r], e_i[2 * r + 1]);
+      e_column[2 * n + r] = pack<T>(e_j[2 * r], e_j[2 * r + 1]);
+    }
+  }
+  const int lane_ = thread % 32;
+  const float column = sum_columns(columns, lane_);
+  to.sums.column[lane_ >> 4][lane.warp][16 * b + (lane_ & 8) + lane.column + ((lane_ >> 2) & 1)] = column;
+  if constexpr (DIAGONAL) {
+    if (lane.column == (row & 6)) {  // the thread has the diagonal of both its rows
+      to.sums.own[row] = (row & 1) == 0 ? xr[0] : xr[1];
+      to.sums.own[row + 8] = (row & 1) == 0 ? xr[6] : xr[7];
+    }
+    // Both halves of the diagonal block: E below, its mirror image (through memory) above.
+    uint32_t mirrored[4];
+    store_matrices(to.w + lane.at(b, b), e_row[0], e_row[1], e_row[2], e_row[3]);
+    __syncwarp();
+    load_matrices_transposed(mirrored, to.w + lane.at_transposed(b, b));
+    __syncwarp();
+    const int right = lane.column - (row & 7);
+    const uint32_t below = (right < 0 ? 0xffffu : 0u) | (right < -1 ? 0xffff0000u : 0u);
+    e_column[0] = (e_column[0] & below) | (mirrored[0] & ~below);
+    e_column[2] = mirrored[2];
+    e_column[3] = (e_column[3] & below) | (mirrored[3] & ~below);
+  } else {
+    store_matrices_transposed(to.w + lane.at_transposed(b, lane.warp), e_row[0], e_row[1], e_row[2], e_row[3]);
+  }
+  store_matrices(to.w + lane.at(lane.warp, b), e_column[0], e_column[1], e_column[2], e_column[3]);
+}
+
+// dP, X and E from do R^T and dv R^T. Leaves dP |k_j|^-1 as operand `a`, the tiles W and dP^T, sums over columns; adds up
+// the thread's part of its rows of dP .* Q K^T + E .* K K^T, the diagonal left out (there it cancels).
 template <typename T>
-__device__ __forceinline__ float2 make_triangles(uint32_t (&a)[16], const float (&dr)[32], const float (&xr)[32],
-                                                 SharedMemory& shared, const ChunkVectors& vectors, Sums& sums, float scale,
-                                                 const Lane& lane, int thread) {
-  const uint32_t tile_w = shared_address(shared.w), tile_dp = shared_address(shared.dp);
-  const int warp = lane.warp, row = lane.row, lane_ = thread % 32;
-  const float g0 = vectors.gam[row], g1 = vectors.gam[row + 8];
-  const float q0 = vectors.query[row], q1 = vectors.query[row + 8];
-  const float k0 = vectors.key[row], k1 = vectors.key[row + 8];
-  float2 sum = {0.0f, 0.0f};
+__device__ __forceinline__ void make_triangles(const Triangles& to, uint32_t (&a)[16], const float (&dr)[32],
+                                               const float (&xr)[32], float (&sum)[2], const Lane& lane, int thread) {
 #pragma unroll
   for (int b = 0; b < 4; ++b) {
-    uint32_t dp_q[4] = {};
+    uint32_t dp_row[4] = {};  // dP |q_i|^-1
+    if (b < lane.warp) {
+      make_triangles_block<T, false>(to, a + 4 * b, dp_row, dr + 8 * b, xr + 8 * b, sum, b, lane, thread);
+    } else if (b == lane.warp) {
+      make_triangles_block<T, true>(to, a + 4 * b, dp_row, dr + 8 * b, xr + 8 * b, sum, b, lane, thread);
+    } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) a[4 * b + i] = 0;
-    if (b <= warp) {
-      uint32_t e_row[4], e_column[4];  // E |k_i|^-1, E |k_j|^-1
-      float columns[8];
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        const int j = 16 * b + 8 * n + lane.column;
-        const float2 g = *reinterpret_cast<const float2*>(&vectors.gam[j]);
-        const float2 beta = *reinterpret_cast<const float2*>(&vectors.beta[j]);
-        const float2 key = *reinterpret_cast<const float2*>(&vectors.key[j]);
-        const float4 qk = shared.qk[2 * b + n][thread], kk = shared.kk[2 * b + n][thread];
-        const float* d = dr + 8 * b + 4 * n;
-        const float* x = xr + 8 * b + 4 * n;
-        const float gam[4] = {exp2_fast(fminf(g0 - g.x, 0.0f)), exp2_fast(fminf(g0 - g.y, 0.0f)),
-                              exp2_fast(fminf(g1 - g.x, 0.0f)), exp2_fast(fminf(g1 - g.y, 0.0f))};
-        const float beta_[4] = {beta.x, beta.y, beta.x, beta.y};
-        const float qk_[4] = {qk.x, qk.y, qk.z, qk.w}, kk_[4] = {kk.x, kk.y, kk.z, kk.w};
-        float dp[4], e[4], m[4], z[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int above = j + (i & 1) - row - 8 * (i / 2);  // the diagonal has 0
-          dp[i] = above <= 0 ? d[i] * (scale * beta_[i]) * gam[i] : 0.0f;
-          const float xx = above < 0 ? x[i] * gam[i] : 0.0f;
-          e[i] = above < 0 ? -(xx * beta_[i]) : 0.0f;
-          m[i] = above < 0 ? dp[i] * qk_[i] : 0.0f;
-          z[i] = xx * kk_[i];
-        }
-        sum.x += (m[0] - beta.x * z[0]) + (m[1] - beta.y * z[1]);
-        sum.y += (m[2] - beta.x * z[2]) + (m[3] - beta.y * z[3]);
-        columns[2 * n] = m[0] + m[2];
-        columns[2 * n + 1] = m[1] + m[3];
-        columns[4 + 2 * n] = z[0] + z[2];
-        columns[4 + 2 * n + 1] = z[1] + z[3];
-        a[4 * b + 2 * n] = pack<T>(dp[0] * key.x, dp[1] * key.y);
-        a[4 * b + 2 * n + 1] = pack<T>(dp[2] * key.x, dp[3] * key.y);
-        dp_q[2 * n] = pack<T>(dp[0] * q0, dp[1] * q0);
-        dp_q[2 * n + 1] = pack<T>(dp[2] * q1, dp[3] * q1);
-        e_row[2 * n] = pack<T>(e[0] * k0, e[1] * k0);
-        e_row[2 * n + 1] = pack<T>(e[2] * k1, e[3] * k1);
-        e_column[2 * n] = pack<T>(e[0] * key.x, e[1] * key.y);
-        e_column[2 * n + 1] = pack<T>(e[2] * key.x, e[3] * key.y);
-      }
-      const float column = sum_columns(columns, lane_);
-      sums.column[lane_ >> 4][warp][16 * b + (lane_ & 8) + lane.column + ((lane_ >> 2) & 1)] = column;
-      if (b == warp) {
-        if (lane.column == (row & 6)) {  // the thread has the diagonal of both its rows
-          sums.own[row] = (row & 1) == 0 ? xr[8 * b] : xr[8 * b + 1];
-          sums.own[row + 8] = (row & 1) == 0 ? xr[8 * b + 6] : xr[8 * b + 7];
-        }
-        // Both halves of the diagonal block: E from below, its mirror image (through memory) from above.
-        uint32_t mirrored[4];
-        store_matrices(tile_w + lane.at(b, b), e_row[0], e_row[1], e_row[2], e_row[3]);
-        __syncwarp();
-        load_matrices_transposed(mirrored, tile_w + lane.at_transposed(b, b));
-        __syncwarp();
-        // Where one of the two is not zero the other is: +0 in all bits, or -0 from a factor 0, whose sign is of no account.
-#pragma unroll
-        for (int i = 0; i < 4; ++i) e_column[i] |= mirrored[i];
-      } else {
-        store_matrices_transposed(tile_w + lane.at_transposed(b, warp), e_row[0], e_row[1], e_row[2], e_row[3]);
-      }
-      store_matrices(tile_w + lane.at(warp, b), e_column[0], e_column[1], e_column[2], e_column[3]);
+      for (int i = 0; i < 4; ++i) a[4 * b + i] = 0;
     }
-    store_matrices_transposed(tile_dp + lane.at_transposed(b, warp), dp_q[0], dp_q[1], dp_q[2], dp_q[3]);
+    store_matrices_transposed(to.dp + lane.at_transposed(b, lane.warp), dp_row[0], dp_row[1], dp_row[2], dp_row[3]);
   }
-  return sum;
 }
 
 template <typename T>
@@ -631,7 +658,9 @@ __device__ __forceinline__ void run_queries(const GradientParameters& p, SharedM
       wait_free(shared, TILES_FREE, tiles);
       Sums& sums = shared.sums[heads.stage];
       uint32_t a[16];
-      const float2 sum = make_triangles<T>(a, dr, xr, shared, vectors, sums, p.scale, lane, thread);
+      float sum[2] = {dot0, dot1};
+      make_triangles<T>({shared_address(shared.w), shared_address(shared.dp), shared.qk, shared.kk, vectors, sums, p.scale},
+                        a, dr, xr, sum, lane, thread);
       fence_async_shared();
       arrive(shared, TILES_FULL, tiles, thread % 32);
       tiles.next<1>();
@@ -644,11 +673,11 @@ __device__ __forceinline__ void run_queries(const GradientParameters& p, SharedM
                            matrix_descriptor(shared_address(shared.k) + k * 2048, TILE));
       }
       wgmma_commit();
-      dot0 = sum_row(dot0 + sum.x);
-      dot1 = sum_row(dot1 + sum.y);
+      sum[0] = sum_row(sum[0]);
+      sum[1] = sum_row(sum[1]);
       if (lane.column == 0) {
-        sums.read[0][lane.row] = dot0;
-        sums.read[0][lane.row + 8] = dot1;
+        sums.read[0][lane.row] = sum[0];
+        sums.read[0][lane.row + 8] = sum[1];
         sums.overlap[lane.row] = overlap.x;
         sums.overlap[lane.row + 8] = overlap.y;
       }
