@@ -349,13 +349,23 @@ __device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory
       arrive(shared, OUTPUTS_FREE, ring, lane);
 
       // (scale e^gam do)^T Q, the operand as the sum of two rounded ones: its error alone would be most of the error of the
-      // initial state's gradient.
+      // initial state's gradient. fp16 lacks the exponents for strong decays: there the power of two of the first token's
+      // decay, the largest, comes after the sums.
+      float up = 1.0f, down = 1.0f;
+      if constexpr (!IS_BFLOAT16<T>) {
+        const float first = vectors.gam[0];
+        if (first < -8.0f) {
+          down = exp2_fast(fmaxf(ceilf(first), -126.0f));
+          up = 1.0f / down;
+        }
+      }
+      const float scale = p.scale * up;
       uint32_t high[16], low[16];
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const float2 rise = *reinterpret_cast<const float2*>(&vectors.rise[8 * j + column]);
         const float2 query = *reinterpret_cast<const float2*>(&vectors.query[8 * j + column]);
-        const float f0 = p.scale * rise.x * query.x, f1 = p.scale * rise.y * query.y;
+        const float f0 = scale * rise.x * query.x, f1 = scale * rise.y * query.y;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const float2 y = unpack<T>(x[2 * j + h]);
@@ -364,7 +374,7 @@ __device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory
           low[2 * j + h] = pack<T>(f0 * y.x - rounded.x, f1 * y.y - rounded.y);
         }
       }
-      const float decay = vectors.rise[CHUNK - 1];
+      const float decay = up * vectors.rise[CHUNK - 1];
 #pragma unroll
       for (int i = 0; i < 64; ++i) s[i] *= decay;
       multiply<T, false, true>(s, high, tile_q);
@@ -421,7 +431,7 @@ __device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory
       for (int j = 0; j < 8; ++j) {
         const float2 rise = *reinterpret_cast<const float2*>(&vectors.rise[8 * j + column]);
         const float2 key = *reinterpret_cast<const float2*>(&vectors.key[8 * j + column]);
-        const float f0 = -rise.x * key.x, f1 = -rise.y * key.y;
+        const float f0 = -up * rise.x * key.x, f1 = -up * rise.y * key.y;
         w[2 * j] = pack<T>(f0 * dv[4 * j], f1 * dv[4 * j + 1]);
         w[2 * j + 1] = pack<T>(f0 * dv[4 * j + 2], f1 * dv[4 * j + 3]);
       }
@@ -440,6 +450,12 @@ __device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory
       wgmma_wait<0>();
       accumulators_ready(s);
       arrive(shared, KEYS_FREE, ring, lane);
+      if constexpr (!IS_BFLOAT16<T>) {
+        if (down != 1.0f) {
+#pragma unroll
+          for (int i = 0; i < 64; ++i) s[i] *= down;
+        }
+      }
     }
     end_item<STATE>(p, index, turn, s, 16 * warp + (lane_ >> 2), 2 * (lane_ & 3));
   }

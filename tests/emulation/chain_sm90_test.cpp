@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "check.hpp"
-#include "tests/emulation/prepare_sm90.hpp"
+#include "tests/emulation/wave.hpp"
 #include "tests/support/call.hpp"
 #include "tests/support/compare.hpp"
 
@@ -305,6 +305,7 @@ std::vector<Case> chain_cases() {
   add("CorrelatedKeys", {200}, [](Case& c) { c.keys = Keys::correlated, c.strengths = Strengths::full; });
   add("IdenticalKeys", {200}, [](Case& c) { c.keys = Keys::identical, c.strengths = Strengths::full; });
   add("StrongDecay", {100, 70}, [](Case& c) { c.gates = Gates::strong; });
+  add("Float16StrongDecay", {100, 70}, [](Case& c) { c.dtype = FD_FLOAT16, c.gates = Gates::strong; });
   add("MixedDecay", {100, 70}, [](Case& c) { c.gates = Gates::mixed, c.HV = 4, c.V = 64; });
   add("NoGatesNoStrengths", {100}, [](Case& c) { c.gates = Gates::none, c.strengths = Strengths::none; });
   add("StrengthsAtTheEdges", {100}, [](Case& c) { c.strengths = Strengths::edges, c.scale = 0.5; });
@@ -373,33 +374,33 @@ TEST(EmulatedChain, AccuracyOfLongSequences) {
   struct Row {
     const char* name;
     Keys keys;
-    Gates gates;
-    Strengths strengths;
+    double decay;  // added to the log decays
+    fd_dtype dtype;
     double dv, dinitial;
   };
-  const Row rows[] = {{"random", Keys::random, Gates::typical, Strengths::typical, .0038, .0026},
-                      {"correlated", Keys::correlated, Gates::typical, Strengths::typical, .0099, .00095},
-                      {"decay", Keys::random, Gates::typical, Strengths::typical, .0031, .00095}};
+  const Row rows[] = {{"random", Keys::random, 0, FD_BFLOAT16, .0038, .0026},
+                      {"correlated", Keys::correlated, 0, FD_BFLOAT16, .0099, .00095},
+                      {"decay", Keys::random, -4, FD_BFLOAT16, .0031, .00095},
+                      {"random_fp16", Keys::random, 0, FD_FLOAT16, .0006, .0004},
+                      {"correlated_fp16", Keys::correlated, 0, FD_FLOAT16, .0014, .0002},
+                      {"decay_fp16", Keys::random, -4, FD_FLOAT16, .0005, .0002}};
   for (const Row& row : rows) {
     SCOPED_TRACE(row.name);
     Case c = chain_case({1000, 1048});
     c.HV = 4;
     c.V = 64;
-    c.keys = row.keys, c.gates = row.gates, c.strengths = row.strengths;
+    c.keys = row.keys;
+    c.dtype = row.dtype;
     Data d = make_data(c, 3);
-    const bool decay = row.name == std::string("decay");
-    for (std::size_t i = 0; i < d.g.x.size(); ++i) {
-      if (row.keys == Keys::correlated) {
-        d.g.x[i] = static_cast<float>(d.g.x[i] * .01);
-        d.beta.x[i] = static_cast<float>(.9 + .1 * d.beta.x[i]);
-      }
-      if (decay) d.g.x[i] = static_cast<float>(-(1.0 + 4.0 * static_cast<double>(i % 4)) * std::log1p(std::exp(d.v.x[i])));
+    for (double& g : d.g.x) g = static_cast<float>((row.keys == Keys::correlated ? .01 : 1) * g + row.decay);
+    for (double& beta : d.beta.x) {
+      if (row.keys == Keys::correlated) beta = static_cast<float>(.9 + .1 * beta);
     }
     for (double& x : d.dfinal_state.x) x /= 8;
     const Chain chain(c, d);
     const Options options{.sm_count = MANY_SMS};
     const auto errors = chain.errors(chain.run(options), options);
-    for (const auto& [name, error] : errors) RecordProperty(std::string(row.name) + " " + name, std::to_string(error));
+    for (const auto& [name, error] : errors) RecordProperty(std::string(row.name) + "_" + name, std::to_string(error));
     EXPECT_LE(errors.at("dv"), row.dv);
     EXPECT_LE(errors.at("dinitial"), row.dinitial);
   }
