@@ -109,8 +109,9 @@ __device__ __forceinline__ void make_gates(const PrepareParameters& p, SharedMem
       key = inverse_norms<T>(shared_address(shared.k[ring.stage]), p.l2norm_eps, lane);
       if constexpr (QUERIES) query = inverse_norms<T>(shared_address(shared.q[ring.stage]), p.l2norm_eps, lane);
     }
-    for (int i = 0; i < group; ++i, ++unit) {
-      const Ring gates = ring_at<GATE_STAGES>(unit);
+    for (int i = 0; i < group; ++i) {
+      if (!item.has(i)) continue;
+      const Ring gates = ring_at<GATE_STAGES>(unit++);
       const int value_head = item.head * group + i;
       TokenGates tokens;
       if (mine) tokens = token_gates(p.gates, item, value_head, lane);
