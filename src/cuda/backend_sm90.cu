@@ -4,6 +4,7 @@
 #include <string>
 
 #include "backend.hpp"
+#include "cuda/backward_sm90.hpp"
 #include "cuda/context_sm90.hpp"
 #include "cuda/device.hpp"
 #include "cuda/forward_sm90.hpp"
@@ -25,13 +26,15 @@ std::string unsupported(Operation operation, const fd_problem& p) {
   const auto is = [](const char* name, auto got, const char* wanted) {
     return std::string(name) + " is " + std::to_string(got) + "; sm90 has " + wanted;
   };
-  if (operation == Operation::backward) return "sm90 has no backward";
   if (operation == Operation::step) return "sm90 has no decode step";
   if (p.dtype != FD_BFLOAT16 && p.dtype != FD_FLOAT16) return "dtype is not bfloat16 or float16; sm90 has these two";
   if (p.K != KEYS) return is("K", p.K, "K = 128");
   if (p.V % VALUES != 0) return is("V", p.V, "multiples of 64");
   if (p.T >= MAX_TOKENS) return is("T", p.T, "less than 2^30 tokens");
-  if (p.N * p.HV * (p.V / VALUES) >= MAX_ITEMS) return "N * HV * V / 64 is 2^30 or more; sm90 has less";
+  if ((p.N + (operation == Operation::backward ? p.B * p.T / CHUNK : 0)) * p.HV * (p.V / VALUES) >= MAX_ITEMS) {
+    return operation == Operation::backward ? "(N + B * T / 64) * HV * V / 64 is 2^30 or more; sm90 has less"
+                                            : "N * HV * V / 64 is 2^30 or more; sm90 has less";
+  }
   if (p.gate == FD_GATE_LOG_PER_KEY) return "gate is per key; sm90 has one per token and head";
   for (const fd_dtype type :
        {p.gate_dtype, p.beta_dtype, p.A_log_dtype, p.dt_bias_dtype, p.initial_dtype, p.final_dtype, p.checkpoint_dtype}) {
@@ -41,24 +44,30 @@ std::string unsupported(Operation operation, const fd_problem& p) {
 }
 
 std::size_t workspace(Operation operation, const fd_problem& p) {
-  return operation == Operation::forward ? runs_workspace(p) : 0;
+  return operation == Operation::forward ? runs_workspace(p) : backward_workspace(p);
 }
 
-// States for the backward, one per segment of 2,048 tokens; shorter sequences have none.
-std::size_t saved(const fd_problem& p) {
-  return p.T <= SEGMENT ? 0 : static_cast<std::size_t>(saved_rows(p.B * p.T) * p.HV * p.V * p.K) * sizeof(float);
+// The current device, if it is a Hopper GPU; else null, and `status` says why.
+const Device* hopper(const char* operation, const void* saved, fd_status& status) {
+  cudaError_t error;
+  const Device* device = current_device(error);
+  if (device == nullptr) {
+    status = checked(error, (std::string(operation) + ": the current device").c_str());
+  } else if (device->major != 9 || device->minor != 0) {
+    status = fail(FD_UNSUPPORTED, std::string(operation) + ": " + device->name + " is not a Hopper GPU");
+  } else if (reinterpret_cast<uintptr_t>(saved) % 16 != 0) {
+    status = fail(FD_UNSUPPORTED, std::string(operation) + ": saved is not aligned to 16 bytes; sm90 needs that");
+  } else {
+    return device;
+  }
+  return nullptr;
 }
 
 fd_status forward(const fd_forward_args& args, void* workspace, void* stream) {
   const fd_problem& p = *args.problem;
-  cudaError_t error;
-  const Device* device = current_device(error);
-  if (device == nullptr) return checked(error, "fd_forward: the current device");
-  if (device->major != 9 || device->minor != 0)
-    return fail(FD_UNSUPPORTED, std::string("fd_forward: ") + device->name + " is not a Hopper GPU");
-  if (reinterpret_cast<uintptr_t>(args.saved) % 16 != 0) {
-    return fail(FD_UNSUPPORTED, "fd_forward: saved is not aligned to 16 bytes; sm90 needs that");
-  }
+  fd_status status;
+  const Device* device = hopper("fd_forward", args.saved, status);
+  if (device == nullptr) return status;
   if (p.N == 0) return FD_OK;
   const bool packed = args.cu_seqlens != nullptr;
 
@@ -80,7 +89,7 @@ fd_status forward(const fd_forward_args& args, void* workspace, void* stream) {
       .starts = nullptr,
       .next_item = nullptr,
       .checkpoint_interval = args.checkpoints.data == nullptr ? 0 : p.checkpoint_interval,
-      .saved = saved(p) == 0 ? nullptr : static_cast<float*>(args.saved),
+      .saved = saved_bytes(p) == 0 ? nullptr : static_cast<float*>(args.saved),
       .heads = static_cast<int>(p.H),
       .value_heads = static_cast<int>(p.HV),
       .values = static_cast<int>(p.V),
@@ -90,7 +99,7 @@ fd_status forward(const fd_forward_args& args, void* workspace, void* stream) {
       .scale = static_cast<float>(p.scale),
       .l2norm_eps = static_cast<float>(p.l2norm_eps),
   };
-  fd_status status = tensor_map(parameters.q, "fd_forward: q", args.q, p, packed, p.H, p.K);
+  status = tensor_map(parameters.q, "fd_forward: q", args.q, p, packed, p.H, p.K);
   if (status == FD_OK) status = tensor_map(parameters.k, "fd_forward: k", args.k, p, packed, p.H, p.K);
   if (status == FD_OK) status = tensor_map(parameters.v, "fd_forward: v", args.v, p, packed, p.HV, p.V);
   if (status == FD_OK) status = tensor_map(parameters.o, "fd_forward: o", args.o, p, packed, p.HV, p.V);
@@ -121,10 +130,13 @@ fd_status forward(const fd_forward_args& args, void* workspace, void* stream) {
   return walk(shape_of_runs(p), runs.most);
 }
 
-template <typename Args>
-fd_status not_here(const Args&, void*, void*) {
-  return fail(FD_UNSUPPORTED, "sm90 has only the forward");
+fd_status backward(const fd_backward_args& args, void* workspace, void* stream) {
+  fd_status status;
+  const Device* device = hopper("fd_backward", args.saved, status);
+  return device == nullptr ? status : run_backward(args, workspace, device->sm_count, stream);
 }
+
+fd_status no_step(const fd_step_args&, void*, void*) { return fail(FD_UNSUPPORTED, "sm90 has no decode step"); }
 
 }  // namespace
 }  // namespace cuda
@@ -137,10 +149,10 @@ const Backend sm90_backend = {
     .description = cuda::describe_device,
     .unsupported = cuda::unsupported,
     .workspace = cuda::workspace,
-    .saved = cuda::saved,
+    .saved = cuda::saved_bytes,
     .forward = cuda::forward,
-    .backward = cuda::not_here<fd_backward_args>,
-    .step = cuda::not_here<fd_step_args>,
+    .backward = cuda::backward,
+    .step = cuda::no_step,
     .verified = false,
 };
 

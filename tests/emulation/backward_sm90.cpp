@@ -14,7 +14,6 @@
 
 #define cuda emulated_cuda
 #include "cuda/backward_sm90.cu"
-#include "cuda/states_sm90.cu"
 #include "cuda/device.hpp"
 
 namespace flashdelta::emulation {
