@@ -34,7 +34,7 @@ enum Barrier {
   KQ_FULL,     // copy engine, after the item was written -> gates, tiles
   KQ_FREE,     // every warp of gates and tiles, whether the item was its own or not -> loader
   GATES_FULL,  // gates -> tiles
-  GATES_FREE,  // tiles -> gates
+  GATES_FREE,  // tiles, and the gates' warps that do not fill the stage -> gates
   BARRIERS
 };
 
@@ -116,7 +116,9 @@ __device__ __forceinline__ void make_gates(const PrepareParameters& p, SharedMem
       TokenGates tokens;
       if (mine) tokens = token_gates(p.gates, item, value_head, lane);
       wait_free(shared, GATES_FREE, gates);  // of the others' stages too: a phase that is not waited for may pass twice
-      if (mine) {
+      if (!mine) {
+        arrive(shared, GATES_FREE, gates, lane);
+      } else {
         fill_gates(shared.gates[gates.stage], tokens, key, query, p.scale, lane);
         arrive(shared, GATES_FULL, gates, lane);
         fill_vectors(p.scratch.vectors[p.scratch.head(item.slot, value_head)], tokens, key, query, lane);
@@ -176,7 +178,7 @@ __global__ void __launch_bounds__(THREADS, 1) prepare_kernel(const __grid_consta
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 % 4, 0), lane = static_cast<int>(threadIdx.x) % 32;
 
   if (threadIdx.x == 0) {
-    const int arrivals[BARRIERS] = {1, GATE_WARPS + 4 * WARPGROUPS, 1, 4};
+    const int arrivals[BARRIERS] = {1, GATE_WARPS + 4 * WARPGROUPS, 1, 4 + GATE_WARPS - 1};
     init_barriers(shared, arrivals);
   }
   __syncthreads();
