@@ -149,13 +149,12 @@ __device__ __forceinline__ void make_tiles(uint32_t tile_k, uint32_t tile_q, uin
   const uint32_t diagonal = tile_p + warp * DIAGONAL_BYTES;
   const int r8 = lane & 7, upper = (lane >> 3) & 1, right = lane >> 4;
 
-  // L = K K^T diag(beta): the diagonal block, transposed, in fp32; all four column blocks in fp16 (those right of the
-  // diagonal are never read).
+  // L = K K^T diag(beta): blocks left of the diagonal in fp16, the diagonal block, transposed, in fp32.
   {
     const float f0 = NORM ? gates.row[row] : 1.0f, f1 = NORM ? gates.row[row + 8] : 1.0f;
-    float block[8];
 #pragma unroll
     for (int b = 0; b < 4; ++b) {
+      if (b > warp) break;
       float l[8];
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
@@ -166,18 +165,19 @@ __device__ __forceinline__ void make_tiles(uint32_t tile_k, uint32_t tile_q, uin
         l[4 * n + 2] = x[2] * (NORM ? f1 * c.x : c.x);
         l[4 * n + 3] = x[3] * (NORM ? f1 * c.y : c.y);
       }
+      if (b < warp) {
+        store_matrices(tile_t + swizzled(16 * warp + r8 + 8 * upper, 2 * b + right), pack<__half>(l[0], l[1]),
+                       pack<__half>(l[2], l[3]), pack<__half>(l[4], l[5]), pack<__half>(l[6], l[7]));
+      } else {
+        const uint32_t at = diagonal + column * DIAGONAL_ROW + (lane >> 2) * 4;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) block[i] = b == 0 || b == warp ? l[i] : block[i];
-      store_matrices(tile_t + swizzled(16 * warp + r8 + 8 * upper, 2 * b + right), pack<__half>(l[0], l[1]),
-                     pack<__half>(l[2], l[3]), pack<__half>(l[4], l[5]), pack<__half>(l[6], l[7]));
-    }
-    const uint32_t at = diagonal + column * DIAGONAL_ROW + (lane >> 2) * 4;
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      store_shared(at + n * 8 * DIAGONAL_ROW, block[4 * n + 0]);
-      store_shared(at + n * 8 * DIAGONAL_ROW + DIAGONAL_ROW, block[4 * n + 1]);
-      store_shared(at + n * 8 * DIAGONAL_ROW + 32, block[4 * n + 2]);
-      store_shared(at + n * 8 * DIAGONAL_ROW + DIAGONAL_ROW + 32, block[4 * n + 3]);
+        for (int n = 0; n < 2; ++n) {
+          store_shared(at + n * 8 * DIAGONAL_ROW, l[4 * n + 0]);
+          store_shared(at + n * 8 * DIAGONAL_ROW + DIAGONAL_ROW, l[4 * n + 1]);
+          store_shared(at + n * 8 * DIAGONAL_ROW + 32, l[4 * n + 2]);
+          store_shared(at + n * 8 * DIAGONAL_ROW + DIAGONAL_ROW + 32, l[4 * n + 3]);
+        }
+      }
     }
   }
   // Q K^T runs while the diagonal blocks are inverted; together with K K^T it would take too many registers.

@@ -25,7 +25,7 @@ constexpr double LOG2E = 1.4426950408889634;
 
 // Relative Frobenius error of the tiles of one (sequence, value head): rounding to 16 bits, and the fp16 operands of the
 // inverse. Of vectors: fp32.
-constexpr double BFLOAT16_LIMIT = 0.003, FLOAT16_LIMIT = 0.0015, VECTOR_LIMIT = 1e-5;
+constexpr double BFLOAT16_LIMIT = 0.003, FLOAT16_LIMIT = 0.0004, VECTOR_LIMIT = 1e-5;
 
 constexpr int FEW_SMS = 1, SOME_SMS = 3;  // one block for all chunks; several
 

@@ -29,7 +29,7 @@ constexpr int C = cuda::CHUNK, K = cuda::KEYS;
 constexpr float nan = std::numeric_limits<float>::quiet_NaN();
 
 // Relative L2 error of one (sequence, value head), rounding to 16 bits included.
-constexpr double BFLOAT16_LIMIT = 0.006, FLOAT16_LIMIT = 0.0015;
+constexpr double BFLOAT16_LIMIT = 0.004, FLOAT16_LIMIT = 0.0005;
 double limit(const Case& c) { return (c.hard() ? 2 : 1) * (c.dtype == FD_BFLOAT16 ? BFLOAT16_LIMIT : FLOAT16_LIMIT); }
 
 constexpr int FEW_SMS = 2, MANY_SMS = 132;  // pairs of blocks of rows, unless their number is odd; one
