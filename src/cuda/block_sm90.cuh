@@ -86,6 +86,14 @@ __device__ __forceinline__ StateLayout state_layout(const Pool& pool, bool v_fir
                  : StateLayout{base, pool.states.stride[2], pool.states.stride[3]};
 }
 
+// Elements of one type: asked once, so that all loads are on their way before the first is converted.
+template <fd_dtype TYPE>
+__device__ __forceinline__ void load_elements(const void* states, const StateLayout& at, int64_t first, float (&s)[64]) {
+#pragma unroll
+  for (int i = 0; i < 64; ++i) {
+    s[i] = load_element(states, TYPE, first + (8 * (i / 4) + (i & 1)) * at.key + ((i & 2) * 4) * at.value);
+  }
+}
 // Row < 0: zeros.
 __device__ __forceinline__ void load_state(const Pool& pool, bool v_first, int64_t row, int value_head, float (&s)[64],
                                            int value, int key) {
@@ -94,9 +102,12 @@ __device__ __forceinline__ void load_state(const Pool& pool, bool v_first, int64
   if (row < 0) return;
   const StateLayout at = state_layout(pool, v_first, row, value_head);
   const int64_t first = at.base + value * at.value + key * at.key;
-#pragma unroll
-  for (int i = 0; i < 64; ++i) {
-    s[i] = pool.states[first + (8 * (i / 4) + (i & 1)) * at.key + ((i & 2) * 4) * at.value];
+  if (pool.states.type == FD_FLOAT32) {
+    load_elements<FD_FLOAT32>(pool.states.data, at, first, s);
+  } else if (pool.states.type == FD_BFLOAT16) {
+    load_elements<FD_BFLOAT16>(pool.states.data, at, first, s);
+  } else {
+    load_elements<FD_FLOAT16>(pool.states.data, at, first, s);
   }
 }
 // Row < 0: nothing is written.
