@@ -137,7 +137,8 @@ __device__ __forceinline__ void load_keys(const ChainParameters& p, SharedMemory
   });
 }
 
-// Warp 1, one lane: loads do and P.
+// Warp 1, one lane: loads do and P. The state warpgroups are a chunk ahead with these; after the last chunk they get a
+// stage with nothing in it.
 template <int STATE>
 __device__ __forceinline__ void load_outputs(const ChainParameters& p, SharedMemory<STATE>& shared) {
   Ring ring;
@@ -156,6 +157,8 @@ __device__ __forceinline__ void load_outputs(const ChainParameters& p, SharedMem
     }
     ring.template next<Shape<STATE>::STAGES>();
   });
+  wait_free(shared, OUTPUTS_FREE, ring);
+  barrier_arrive(barrier_address(shared, OUTPUTS_FULL, ring.stage));
 }
 
 // Warp 3, one lane: loads T and R.
@@ -288,65 +291,73 @@ __device__ __forceinline__ void multiply(float (&d)[COUNT], const uint32_t (&a)[
   wgmma_commit();
 }
 
+// Byte offset, in a tile, of the lane's row in a transposing load or store of 16 tokens x the warp's 16 values; other tokens
+// are 128 bytes each away.
+__device__ __forceinline__ uint32_t transposed_row(int warp, int lane) {
+  return swizzled((lane & 7) + 8 * (lane >> 4), 2 * warp + ((lane >> 3) & 1));
+}
+
+// Starts do^T P of a chunk: `x` is do^T, `dv` the product.
+template <typename T, int STATE>
+__device__ __forceinline__ void start_chunk(const ChainParameters& p, SharedMemory<STATE>& shared, const Ring& ring,
+                                            int turn, uint32_t row, uint32_t (&x)[16], float (&dv)[32]) {
+  wait_full(shared, OUTPUTS_FULL, ring);
+  const uint32_t tile = shared_address(shared.do_[ring.stage]) + turn * TILE + row;
+  const bool present = p.has_do != 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    uint32_t y[4];
+    load_matrices_transposed(y, tile + i * 2048);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) x[4 * i + j] = present ? y[j] : 0;
+  }
+  multiply<T, true, true>(dv, x, shared_address(shared.p[ring.stage]));
+}
+
 // A state warpgroup: values 64 `turn`.. of the item. The products that do not depend on dS run while the others wait for
-// conversions: do^T P under the rounding of dS, (scale e^gam do)^T Q under that of dV' and of dv.
+// conversions: do^T P of the next chunk under the rounding of dS, (scale e^gam do)^T Q under that of dV' and of dv.
 template <typename T, int STATE>
 __device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory<STATE>& shared, int turn, int warp,
                                           int lane_) {
   constexpr int STAGES = Shape<STATE>::STAGES;
   uint32_t count = 0;  // chunks so far
   const int items = item_count<STATE>(p);
-  float s[64];  // dS^T
+  float s[64];     // dS^T
+  uint32_t a[32];  // dS^T rounded
+  uint32_t x[16];  // do^T
+  float dv[32];    // do^T P, later dv^T
+  start_chunk<T, STATE>(p, shared, ring_at<STAGES>(0), turn, transposed_row(warp, lane_), x, dv);
+  wgmma_wait<0>();
+  accumulators_ready(dv);
+  arrive(shared, OUTPUTS_FREE, ring_at<STAGES>(0), lane_);
   for (int index = static_cast<int>(blockIdx.x); index < items; index += static_cast<int>(gridDim.x)) {
     const int chunks = start_item<STATE>(p, index, turn, s, 16 * warp + (lane_ >> 2), 2 * (lane_ & 3));
+#pragma unroll
+    for (int i = 0; i < 32; ++i) a[i] = pack<T>(s[2 * i], s[2 * i + 1]);
     for (int c = 0; c < chunks; ++c, ++count) {
       const int lane = opaque(lane_);  // what follows from it does not take registers all the time
       const int column = 2 * (lane & 3);
-      // The lane's row and 16-byte block in a transposing load or store of 16 tokens x 16 values.
-      const int token = (lane & 7) + 8 * (lane >> 4), block = 2 * warp + ((lane >> 3) & 1);
+      const uint32_t row = transposed_row(warp, lane);
       const Ring ring = ring_at<STAGES>(count), stores = ring_at<1>(count);
       const ChunkVectors& vectors = shared.vectors[ring.stage];
-      float u[32], dv[32];
 
-      // do^T P
-      wait_full(shared, OUTPUTS_FULL, ring);
-      uint32_t x[16];  // do^T, later beta dV'
-      {
-        const uint32_t tile = shared_address(shared.do_[ring.stage]) + turn * TILE;
-        const bool present = p.has_do != 0;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          uint32_t y[4];
-          load_matrices_transposed(y, tile + swizzled(16 * i + token, block));
-#pragma unroll
-          for (int j = 0; j < 4; ++j) x[4 * i + j] = present ? y[j] : 0;
-        }
-      }
-      uint32_t a[32];  // dS^T rounded
-#pragma unroll
-      for (int i = 0; i < 32; ++i) a[i] = pack<T>(s[2 * i], s[2 * i + 1]);
-      const uint32_t tile_p = shared_address(shared.p[ring.stage]);
-      multiply<T, true, true>(dv, x, tile_p);
-
-      // dS^T K^T, and the image of dS
+      // The image of dS1, and dS1^T K^T
       wait_free(shared, DS_FREE, stores);
       {
         const uint32_t tile = shared_address(shared.ds) + turn * STATE_TILE;
-        const int row = 16 * warp + (lane & 15), right = lane >> 4;
+        const int value = 16 * warp + (lane & 15), right = lane >> 4;
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
-          store_matrices(tile + (k / 4) * TILE + swizzled(row, 2 * (k % 4) + right), a[4 * k], a[4 * k + 1], a[4 * k + 2],
+          store_matrices(tile + (k / 4) * TILE + swizzled(value, 2 * (k % 4) + right), a[4 * k], a[4 * k + 1], a[4 * k + 2],
                          a[4 * k + 3]);
         }
       }
       wait_full(shared, KEYS_FULL, ring);
       const uint32_t tile_k = shared_address(shared.k[ring.stage]), tile_q = shared_address(shared.q[ring.stage]);
+      float u[32];
       multiply<T, true, false>(u, a, tile_k);
       fence_async_shared();
       arrive(shared, DS_FULL, stores, lane);
-      wgmma_wait<1>();
-      accumulators_ready(dv);
-      arrive(shared, OUTPUTS_FREE, ring, lane);
 
       // (scale e^gam do)^T Q, the operand as the sum of two rounded ones: its error alone would be most of the error of the
       // initial state's gradient. fp16 lacks the exponents for strong decays: there the power of two of the first token's
@@ -382,6 +393,7 @@ __device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory
       // dV', and (beta dV')^T T
       wgmma_wait<1>();
       accumulators_ready(u);
+      uint32_t w[16];
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const float2 end = *reinterpret_cast<const float2*>(&vectors.end[8 * j + column]);
@@ -393,22 +405,21 @@ __device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory
         y[1] = fmaf(f1, y[1], dv[4 * j + 1]);
         y[2] = fmaf(f0, y[2], dv[4 * j + 2]);
         y[3] = fmaf(f1, y[3], dv[4 * j + 3]);
-        x[2 * j] = pack<T>(beta.x * y[0], beta.y * y[1]);
-        x[2 * j + 1] = pack<T>(beta.x * y[2], beta.y * y[3]);
+        w[2 * j] = pack<T>(beta.x * y[0], beta.y * y[1]);
+        w[2 * j + 1] = pack<T>(beta.x * y[2], beta.y * y[3]);
       }
       wait_full(shared, TILES_FULL, ring);
-      const uint32_t tile_t = shared_address(shared.t[ring.stage]);
-      multiply<T, true, false>(dv, x, tile_t);
+      multiply<T, true, false>(dv, w, shared_address(shared.t[ring.stage]));
       multiply<T, false, true>(s, low, tile_q);
 
       // <dV', R>
       float sums[16];
       {
-        const uint32_t tile = shared_address(shared.r[ring.stage]) + turn * TILE;
+        const uint32_t tile = shared_address(shared.r[ring.stage]) + turn * TILE + row;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           uint32_t r[4];
-          load_matrices_transposed(r, tile + swizzled(16 * i + token, block));
+          load_matrices_transposed(r, tile + i * 2048);
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             const float2 r0 = unpack<T>(r[2 * h]), r1 = unpack<T>(r[2 * h + 1]);
@@ -426,7 +437,6 @@ __device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory
       arrive(shared, TILES_FREE, ring, lane);
 
       // -(e^gam dv)^T K, and the image of dv
-      uint32_t w[16];
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const float2 rise = *reinterpret_cast<const float2*>(&vectors.rise[8 * j + column]);
@@ -437,17 +447,20 @@ __device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory
       }
       multiply<T, false, true>(s, w, tile_k);
       {
-        const uint32_t tile = shared_address(shared.dv) + turn * TILE;
+        const uint32_t tile = shared_address(shared.dv) + turn * TILE + row;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float* y = dv + 8 * i;
-          store_matrices_transposed(tile + swizzled(16 * i + token, block), pack<T>(y[0], y[1]), pack<T>(y[2], y[3]),
-                                    pack<T>(y[4], y[5]), pack<T>(y[6], y[7]));
+          store_matrices_transposed(tile + i * 2048, pack<T>(y[0], y[1]), pack<T>(y[2], y[3]), pack<T>(y[4], y[5]),
+                                    pack<T>(y[6], y[7]));
         }
       }
       fence_async_shared();
       arrive(shared, DV_FULL, stores, lane);
-      wgmma_wait<0>();
+
+      const Ring next = ring_at<STAGES>(count + 1);
+      start_chunk<T, STATE>(p, shared, next, turn, row, x, dv);
+      wgmma_wait<1>();
       accumulators_ready(s);
       arrive(shared, KEYS_FREE, ring, lane);
       if constexpr (!IS_BFLOAT16<T>) {
@@ -456,6 +469,11 @@ __device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory
           for (int i = 0; i < 64; ++i) s[i] *= down;
         }
       }
+#pragma unroll
+      for (int i = 0; i < 32; ++i) a[i] = pack<T>(s[2 * i], s[2 * i + 1]);
+      wgmma_wait<0>();
+      accumulators_ready(dv);
+      arrive(shared, OUTPUTS_FREE, next, lane);
     }
     end_item<STATE>(p, index, turn, s, 16 * warp + (lane_ >> 2), 2 * (lane_ & 3));
   }
