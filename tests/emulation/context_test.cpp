@@ -2,32 +2,220 @@
 // emulation_test.cpp.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <numbers>
 #include <utility>
 #include <vector>
 
+#include "tests/emulation/cases.hpp"
 #include "tests/emulation/sm90.hpp"
 #include "tests/support/compare.hpp"
 
 namespace flashdelta::testing {
 namespace {
 
+using emulation::context_counts;
 using emulation::hopper;
+using emulation::Schedule;
 
-constexpr double BFLOAT16_LIMIT = 0.004;
 constexpr int FEW_SMS = 2, MANY_SMS = 132;
 
-Case emulated_case(std::vector<std::int64_t> lengths) {
-  Case c;
-  c.lengths = std::move(lengths);
-  c.packed = true;
-  c.HV = 2;
-  c.K = c.V = 128;
-  c.dtype = FD_BFLOAT16;
+// What the calls of this file ask for; their results are compared with a reference that knows nothing of it.
+fd_context_parallel context_parallel = FD_CONTEXT_ON;
+double context_bound = 0;
+
+fd_status forward_in_context(const fd_forward_args* call, void* workspace, std::size_t bytes, void* stream) {
+  fd_problem problem = *call->problem;
+  problem.context_parallel = context_parallel;
+  problem.context_bound = context_bound;
+  fd_forward_args args = *call;
+  args.problem = &problem;
+  return emulation::forward(&args, workspace, bytes, stream);
+}
+
+struct Options {
+  fd_context_parallel context_parallel = FD_CONTEXT_ON;
+  double bound = 0;
+  int sm_count = MANY_SMS;
+  Schedule schedule = Schedule::forward;
+  const void* cu_seqlens = nullptr;
+};
+
+Results emulated(const Case& c, const Data& d, const Options& options = {}) {
+  hopper = {options.sm_count, options.schedule, options.cu_seqlens};
+  context_parallel = options.context_parallel;
+  context_bound = options.bound;
+  return forward(c, d, {.backend = FD_BACKEND_REFERENCE, .forward = forward_in_context});
+}
+
+class EmulatedContext : public ::testing::TestWithParam<Case> {};
+
+TEST_P(EmulatedContext, MatchesTheReferenceHoweverSequencesAreCut) {
+  const Case& c = GetParam();
+  const Data d = make_data(c, 1);
+  const Results want = forward(c, d, reference);
+  for (const int sm_count : {FEW_SMS, MANY_SMS}) {
+    SCOPED_TRACE(sm_count);
+    const Results got = emulated(c, d, {.sm_count = sm_count});
+    expect_close(c, d, got, want, limit(c));
+    EXPECT_EQ(context_counts.chains > 0, c.T() > 0);
+    if (c.gates == Gates::none) {
+      EXPECT_EQ(context_counts.windows, 0);
+    }
+    if (c.gates == Gates::strong) {
+      EXPECT_EQ(context_counts.windows, context_counts.pre_runs * c.HV);
+    }
+    expect_same_bits(emulated(c, d, {.sm_count = sm_count, .schedule = Schedule::shuffled}), got);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(, EmulatedContext, ::testing::ValuesIn(emulated_cases(250)),
+                         case_name<::testing::TestParamInfo<Case>>);
+
+// --- the gate-driven shortcut
+
+// A head whose every token decays by e^-0.075, hence a chunk by 2^-6.9; its runs have three chunks, the last one two.
+constexpr double DECAY = 0.075, CHUNK_DECAY = 64 * DECAY / std::numbers::ln2;  // log2
+
+Case decaying_case() {
+  Case c = emulated_case({16 * 64 + 5});
+  c.HV = 1;
   return c;
 }
+Data decaying_data(const Case& c) {
+  Data d = make_data(c, 7);
+  for (double& g : d.g.x) g = static_cast<float>(-DECAY);
+  return d;
+}
+
+double norm(const double* x, std::int64_t count) {
+  double squares = 0;
+  for (std::int64_t i = 0; i < count; ++i) squares += x[i] * x[i];
+  return std::sqrt(squares);
+}
+
+TEST(EmulatedShortcut, ErrorsStayBelowTheBoundTimesTheStateThatWasDropped) {
+  Case c = decaying_case();
+  c.checkpoint_interval = 64;
+  Data d = decaying_data(c);
+  for (double& x : d.initial_state.x) x *= 1e6;
+  for (double& x : d.v.x) x = static_cast<double>(static_cast<float>(x / 1024));
+  const Results want = forward(c, d, reference);
+  const std::int64_t state = c.K * c.V, count = 16;
+  const double first = norm(d.initial_state.x.data(), state);
+  for (const double bound : {0x1p-20, 0x1p-12, 0x1p-6}) {
+    const Results got = emulated(c, d, {.bound = bound});
+    EXPECT_EQ(context_counts.windows, context_counts.pre_runs);
+    EXPECT_EQ(context_counts.skipped > 0, bound > 0x1p-20);
+    double worst = 0;  // relative to the state
+    for (std::int64_t i = 0; i < count; ++i) {
+      const double* x = want.at("checkpoints").values.x.data() + i * state;
+      Array difference({state});
+      for (std::int64_t j = 0; j < state; ++j) {
+        difference.x[static_cast<std::size_t>(j)] =
+            got.at("checkpoints").values.x[static_cast<std::size_t>(i * state + j)] - x[j];
+      }
+      const double error = norm(difference.x.data(), state);
+      EXPECT_LE(error, bound * first + BFLOAT16_LIMIT * norm(x, state)) << "chunk " << i << ", bound " << bound;
+      worst = std::max(worst, error / norm(x, state));
+    }
+    EXPECT_EQ(worst > 10 * BFLOAT16_LIMIT, context_counts.skipped > 0) << worst;  // it leaves a trace
+  }
+  // The exact way has no such error.
+  expect_close(c, d, emulated(c, d, {.bound = -1}), want, BFLOAT16_LIMIT);
+  EXPECT_EQ(context_counts.windows, 0);
+  EXPECT_GT(context_counts.pre_runs, 0);
+}
+
+TEST(EmulatedShortcut, WindowsAreAsShortAsTheBoundAllows) {
+  const Case c = decaying_case();
+  const Data d = decaying_data(c);
+  for (const int chunks : {1, 2}) {
+    for (const bool enough : {true, false}) {
+      emulated(c, d, {.bound = std::exp2(-CHUNK_DECAY * chunks * (enough ? 0.999 : 1.001))});
+      const int window = enough ? chunks : chunks + 1;
+      EXPECT_EQ(context_counts.skipped, context_counts.pre_chunks - window * context_counts.pre_runs) << chunks << enough;
+    }
+  }
+}
+
+TEST(EmulatedShortcut, KeysThatLengthenTheStatePreventIt) {
+  Case c = decaying_case();
+  c.strengths = Strengths::full;
+  for (const bool long_keys : {false, true}) {
+    Data d = decaying_data(c);
+    for (double& x : d.k.x)
+      x = static_cast<double>(static_cast<float>(x * (long_keys ? 1.5 : 1.25)));  // |k|^2 = 2.25 or 1.56
+    const Results got = emulated(c, d), want = forward(c, d, reference);
+    EXPECT_EQ(context_counts.windows, long_keys ? 0 : context_counts.pre_runs);
+    expect_close(c, d, got, want, 2 * BFLOAT16_LIMIT);
+  }
+}
+
+// --- when sequences are cut
+
+TEST(EmulatedContext, OffIsTheForwardOfWholeSequencesWhateverElseIsInTheBatch) {
+  Case c = emulated_case({700, 0, 30, 300});
+  c.padding = 10;
+  const Data d = make_data(c, 3);
+  const Results off = emulated(c, d, {.context_parallel = FD_CONTEXT_OFF});
+  for (std::int64_t n = 0; n < c.N(); ++n) {
+    const Results one = emulated(alone(c, n), alone(c, d, n), {.context_parallel = FD_CONTEXT_OFF, .sm_count = FEW_SMS});
+    const Array &a = off.at("final_state").values, &b = one.at("final_state").values;
+    EXPECT_TRUE(std::equal(b.x.begin(), b.x.end(), a.x.begin() + n * a.inner(1))) << n;
+    const Array &o = off.at("o").values, &p = one.at("o").values;
+    EXPECT_TRUE(std::equal(p.x.begin(), p.x.end(), o.x.begin() + d.first_token(c, n) * o.inner(2))) << n;
+  }
+  // So short sequences are left whole unless they have to be cut.
+  expect_same_bits(emulated(c, d, {.context_parallel = FD_CONTEXT_AUTO}), off);
+  emulated(c, d);
+  EXPECT_EQ(context_counts.chains, 2);
+}
+
+TEST(EmulatedContext, LongSequencesOfFewHeadsAreCutUnasked) {
+  Case c = emulated_case({5000});
+  c.HV = 1;
+  c.V = 64;
+  const Data d = make_data(c, 4);
+  const Results got = emulated(c, d, {.context_parallel = FD_CONTEXT_AUTO});
+  EXPECT_EQ(context_counts.chains, 1);
+  EXPECT_GT(context_counts.runs, 3);
+  expect_close(c, d, got, forward(c, d, reference), BFLOAT16_LIMIT);
+  // On a device that one run fills it does not pay.
+  expect_same_bits(emulated(c, d, {.context_parallel = FD_CONTEXT_AUTO, .sm_count = 1}),
+                   emulated(c, d, {.context_parallel = FD_CONTEXT_OFF}));
+}
+
+TEST(EmulatedContext, LengthsMayChangeOnTheDevice) {
+  Case host = emulated_case({500, 100, 0}), device = emulated_case({130, 0, 400});
+  device.padding = 70;
+  host.pool = device.pool = host.in_place = device.in_place = true;
+  Data d = make_data(device, 5);
+  const Results want = emulated(device, d);
+  const std::vector<std::int64_t> lengths = d.cu_seqlens;
+  d.cu_seqlens = make_data(host, 5).cu_seqlens;
+  expect_same_bits(emulated(host, d, {.cu_seqlens = lengths.data()}), want);
+}
+
+TEST(EmulatedContext, GarbageInCuSeqlensStaysInsideTheOutputs) {
+  const Case c = emulated_case({300, 0, 300, 50, 0, 150});
+  const Data d = make_data(c, 6);
+  const std::vector<std::vector<std::int64_t>> garbage = {{0, 800, 0, 800, 0, 800, 0},
+                                                          {-1, -5, std::int64_t{1} << 60, 0, 800, 700, 900},
+                                                          {800, 0, 300, 100, 700, 700, 0},
+                                                          {5, 805, 5, 600, 10, 11, 400}};
+  for (const std::vector<std::int64_t>& lengths : garbage) {
+    for (const int sm_count : {FEW_SMS, MANY_SMS}) {
+      EXPECT_NO_THROW(emulated(c, d, {.sm_count = sm_count, .cu_seqlens = lengths.data()}));
+    }
+  }
+}
+
+// --- states for the backward
 
 // `saved` of the call that runs, between two guard bands.
 Memory* saved_memory = nullptr;
@@ -36,7 +224,7 @@ fd_status forward_with_saved(const fd_forward_args* call, void* workspace, std::
   fd_forward_args args = *call;
   args.saved = saved_memory->data();
   args.saved_bytes = saved_memory->size();
-  return emulation::forward(&args, workspace, bytes, stream);
+  return forward_in_context(&args, workspace, bytes, stream);
 }
 
 TEST(EmulatedSavedStates, AreThoseBeforeEverySegmentButTheFirst) {
@@ -54,7 +242,8 @@ TEST(EmulatedSavedStates, AreThoseBeforeEverySegmentButTheFirst) {
     const std::int64_t state = c.HV * c.V * c.K, rows = (c.B() * c.T() + SEGMENT - 1) / SEGMENT;
     Memory saved(static_cast<std::size_t>(rows * state) * sizeof(float));
     saved_memory = &saved;
-    hopper = {packed ? FEW_SMS : MANY_SMS, emulation::Schedule::forward};
+    hopper = {packed ? FEW_SMS : MANY_SMS};
+    context_parallel = packed ? FD_CONTEXT_OFF : FD_CONTEXT_ON;
     const Results got = forward(c, d, {.backend = FD_BACKEND_REFERENCE, .forward = forward_with_saved});
     EXPECT_TRUE(saved.guards_intact());
     expect_close(c, d, got, forward(c, d, reference), BFLOAT16_LIMIT);

@@ -11,12 +11,13 @@
 #include <array>
 #include <bit>
 #include <cmath>
+#include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "backend.hpp"
 #include "check.hpp"
 #include "dtype.hpp"
+#include "tests/support/tensor.hpp"
 
 // In a build with CUDA the real namespace is in the same program.
 #define cuda emulated_cuda
@@ -26,6 +27,7 @@
 namespace flashdelta::emulation {
 
 Hopper hopper;
+ContextCounts context_counts;
 
 fd_status forward(const fd_forward_args* call, void*, std::size_t, void*) try {
   fd_forward_args args = read(call);
@@ -38,8 +40,12 @@ fd_status forward(const fd_forward_args* call, void*, std::size_t, void*) try {
 
   cuda::device.sm_count = hopper.sm_count;
   cuda::schedule = hopper.schedule;
-  std::vector<int> workspace(sm90_backend.workspace(Operation::forward, problem) / sizeof(int) + 1, -1);
-  return sm90_backend.forward(args, workspace.data(), nullptr);
+  if (hopper.cu_seqlens != nullptr) args.cu_seqlens = hopper.cu_seqlens;
+  testing::Memory workspace(sm90_backend.workspace(Operation::forward, problem));
+  const fd_status status = sm90_backend.forward(args, workspace.data(), nullptr);
+  if (!workspace.guards_intact()) throw std::runtime_error("the call wrote outside its workspace");
+  context_counts = read_context_counts(problem, workspace.data());
+  return status;
 } catch (const Refusal& refusal) {
   return fail(refusal.status, refusal.message);
 }

@@ -12,8 +12,24 @@ namespace flashdelta::emulation {
 struct Hopper {
   int sm_count = 132;
   Schedule schedule = Schedule::forward;
+  // What the device finds in cu_seqlens in place of what the host checked; null: the same.
+  const void* cu_seqlens = nullptr;
 };
 extern Hopper hopper;
+
+// What the last forward planned on the device.
+struct ContextCounts {
+  int runs = 0;        // of the forward
+  int pre_runs = 0;    // of the pre-pass
+  int pre_chunks = 0;  // theirs
+  int chains = 0;      // sequences that are cut
+  int windows = 0;     // (run of the pre-pass, value head) that start from zero
+  int skipped = 0;     // (chunk, value head) that they leave out
+};
+extern ContextCounts context_counts;
+
+// Reads them from the workspace of a call in normal form.
+ContextCounts read_context_counts(const fd_problem&, void* workspace);
 
 // fd_forward by the code in src/cuda/backend_sm90.cu and forward_sm90.cu, with all pointers on the CPU. It takes its own
 // workspace.
