@@ -4,9 +4,13 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
+#include <random>
 #include <string>
+#include <vector>
 
 #include "backend.hpp"
 #include "tests/emulation/emulator.hpp"
@@ -37,13 +41,17 @@ struct Launch {
   std::size_t shared = 0;
 };
 
-// Runs the blocks one after another, each with shared memory full of NaN.
+// Runs the blocks one after another, in the schedule's order, each with shared memory full of NaN.
 template <typename Parameters>
 fd_status launch(void (*kernel)(Parameters), const Launch& config, const Parameters& parameters, void*) {
   if (config.shared > sizeof(raw)) return fail(FD_DEVICE_ERROR, std::string(config.name) + ": too much shared memory");
   blockDim = config.block;
   gridDim = config.grid;
-  for (unsigned i = 0; i < config.grid.x; ++i) {
+  std::vector<unsigned> order(config.grid.x);
+  std::iota(order.begin(), order.end(), 0);
+  if (schedule == emulation::Schedule::backward) std::reverse(order.begin(), order.end());
+  if (schedule == emulation::Schedule::shuffled) std::shuffle(order.begin(), order.end(), std::mt19937(emulation::seed));
+  for (const unsigned i : order) {
     std::memset(raw, 0xff, sizeof(raw));
     blockIdx.x = i;
     emulation::run_block(
