@@ -5,7 +5,7 @@
 # Usage: tools/gpu.sh [options]
 #   --prebuilt PACK     programs of tools/gpu_pack.sh (the file or the unpacked folder) instead of building here
 #   --steps A,B,...     only these; by default all: info smoke step forward others cpu python memcheck racecheck synccheck initcheck
-#                       stress bench compare errors
+#                       stress bench errors compare
 #   --seconds S         for all steps together (default 3600): a step starts only if time is left, and ends in time
 #   --out DIR           logs and results (default build/gpu-out)
 #   --archive FILE      also packs DIR into FILE (.tar.xz) after every step, for machines that are lost at the end
@@ -16,7 +16,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 prebuilt="" seconds=3600 out=build/gpu-out archive="" stress=120 compare="" filter=.
-steps=info,smoke,step,forward,others,cpu,python,memcheck,racecheck,synccheck,initcheck,stress,bench,compare,errors
+steps=info,smoke,step,forward,others,cpu,python,memcheck,racecheck,synccheck,initcheck,stress,bench,errors,compare
 while [ $# -gt 0 ]; do
   case $1 in
     --prebuilt) prebuilt=$2 ;;
@@ -35,46 +35,39 @@ mkdir -p "$out"
 out=$(realpath "$out")
 python=${PYTHON:-python3}
 
-if [ -n "$prebuilt" ]; then
-  if [ -f "$prebuilt" ]; then
-    mkdir -p build/gpu-pack
-    tar xJf "$prebuilt" -C build/gpu-pack || exit 1
-    prebuilt=build/gpu-pack
-  fi
-  pack=$(realpath "$prebuilt")
-  programs=$pack/bin traps=$pack/traps
-  export FLASHDELTA_LIBRARY=$pack/programs/libflashdelta.so
-  FLASHDELTA_COMMIT=$(head -n 1 "$pack/commit")  # for the results of bench/compare.py, where there is no checkout
-  export FLASHDELTA_COMMIT
-  export PYTHONPATH=$PWD/python:$PWD/tests/python:${PYTHONPATH:-}:$pack/site
-else
-  JOBS=${JOBS:-$(nproc)} tools/build.sh gpu -DFLASHDELTA_CUDA=ON -DFLASHDELTA_TESTS=ON -DFLASHDELTA_BENCH=ON >"$out/build.log" 2>&1 ||
-    { grep -v "ptxas info\|bytes stack frame" "$out/build.log" | tail -40; echo "gpu: the build failed"; exit 1; }
-  pack="" programs=$PWD/build/gpu/bin traps=""
-  mkdir -p "$programs"
-  for program in build/gpu/tests/* build/gpu/bench/*; do [ -x "$program" ] && [ -f "$program" ] && ln -sf "$PWD/$program" "$programs/"; done
-  export FLASHDELTA_LIBRARY=$PWD/build/gpu/libflashdelta.so
-  export PYTHONPATH=$PWD/python:$PWD/tests/python:${PYTHONPATH:-}
+if [ -z "$prebuilt" ]; then
+  tools/gpu_pack.sh --folder || { echo "gpu: the build failed"; exit 1; }
+  prebuilt=build/gpu-pack
+elif [ -f "$prebuilt" ]; then
+  mkdir -p build/gpu-pack
+  tar xJf "$prebuilt" -C build/gpu-pack || exit 1
+  prebuilt=build/gpu-pack
 fi
+pack=$(realpath "$prebuilt")
+programs=$pack/bin traps=$pack/traps
+FLASHDELTA_COMMIT=$(head -n 1 "$pack/commit")  # for the results of bench/compare.py, where there is no checkout
+export FLASHDELTA_COMMIT
+export FLASHDELTA_LIBRARY=$pack/programs/libflashdelta.so
+export PYTHONPATH=$PWD/python:$PWD/tests/python:${PYTHONPATH:-}:$pack/site
 export PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=PASSIVE
 
 # A program of the pack, with the pack's libraries; python keeps its own.
 program() {
   local name=$1
   shift
-  if [ -n "$pack" ]; then LD_LIBRARY_PATH=$pack/lib "$programs/$name" "$@"; else "$programs/$name" "$@"; fi
+  LD_LIBRARY_PATH=$pack/lib "$programs/$name" "$@"
 }
 sanitizer() {
   local found
   found=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -1)
   [ -n "$found" ] || { echo "compute-sanitizer is not installed"; return 1; }
   for test in "$programs"/gpu*_test; do
-    LD_LIBRARY_PATH=${pack:+$pack/lib} "$found" --tool "$1" --error-exitcode 9 --print-limit 20 "$test" --gtest_filter='*Small*' || return $?
+    LD_LIBRARY_PATH=$pack/lib "$found" --tool "$1" --error-exitcode 9 --print-limit 20 "$test" --gtest_filter='*Small*' || return $?
   done
 }
 # What the waits for barriers say when they take too long; after a test that did not end.
 explain_hang() {
-  [ -n "$traps" ] && [ -x "$traps/$1" ] || return 0
+  [ -x "$traps/$1" ] || return 0
   echo "--- again with waits that end"
   LD_LIBRARY_PATH=$pack/lib timeout -k 5 60 "$traps/$1" --gtest_filter="${2:-*}" 2>&1 | tail -40
 }
@@ -92,7 +85,7 @@ tests() {  # program, filter; a run in which every test was skipped is none
 run_info() {
   nvidia-smi
   "$python" -m flashdelta info && cat /proc/cpuinfo | grep -m1 "model name"
-  [ -z "$pack" ] || { echo "pack of commit:"; cat "$pack/commit"; }
+  echo "programs of commit:" && cat "$pack/commit"
 }
 run_smoke() { tests gpu_forward_test '*Small*/Tokens64*'; }
 run_step() { tests gpu_test; }

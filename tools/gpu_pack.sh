@@ -2,18 +2,20 @@
 # Builds everything that tools/gpu.sh runs, here, and packs it into one file for a machine with a Hopper GPU that has no network
 # or no compiler: programs with the shared libraries they need, the library, pytest for that machine's Python.
 #
-# Usage: tools/gpu_pack.sh [--out build/gpu-pack.tar.xz] [--build build/gpu] [--python 3.12] [--without-traps]
+# Usage: tools/gpu_pack.sh [--out build/gpu-pack.tar.xz] [--build build/gpu] [--python 3.12] [--without-traps] [--folder]
 #   --without-traps   leaves out the second build, whose waits for barriers end in a message instead of a hang
+#   --folder          only the folder build/gpu-pack, without pytest, for this machine
 # There: tools/gpu.sh --prebuilt gpu-pack.tar.xz
 set -euo pipefail
 cd "$(dirname "$0")/.."
-out=build/gpu-pack.tar.xz build=build/gpu python=3.12 traps=yes
+out=build/gpu-pack.tar.xz build=build/gpu python=3.12 traps=yes folder=
 while [ $# -gt 0 ]; do
   case $1 in
     --out) out=$2; shift ;;
     --build) build=$2; shift ;;
     --python) python=$2; shift ;;
     --without-traps) traps= ;;
+    --folder) folder=yes ;;
     *) echo "gpu_pack: unknown option $1" >&2; exit 2 ;;
   esac
   shift
@@ -48,6 +50,9 @@ fi
 ldd "$pack"/bin/* | awk '$3 ~ /^\// {print $3}' | sort -u | grep -Ev '/lib(c|m|dl|rt|pthread)\.so' | xargs -I{} cp -L {} "$pack/lib/"
 mkdir "$pack/programs" && mv "$pack/lib/libflashdelta.so" "$pack/programs/"
 
+{ git rev-parse --short HEAD && git status --porcelain -uno; } >"$pack/commit" 2>/dev/null || true
+[ -z "$folder" ] || exit 0
+
 wheels=$(mktemp -d)
 trap 'rm -rf "$wheels"' EXIT
 platforms=()
@@ -58,6 +63,5 @@ for tag in 2_17 2_24 2_26 2_27 2_28 2_31 2_34 2_35; do platforms+=(--platform "m
 for wheel in "$wheels"/*.whl; do python3 -m zipfile -e "$wheel" "$pack/site"; done
 rm -rf "$pack"/site/pygments/lexers/_*_builtins.py
 
-{ git rev-parse --short HEAD && git status --porcelain -uno; } >"$pack/commit" 2>/dev/null || true
 XZ_OPT="-T0 -6" tar cJf "$out" -C "$pack" .
 du -h "$out"
