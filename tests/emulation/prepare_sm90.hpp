@@ -6,7 +6,13 @@
 
 namespace flashdelta::emulation {
 
-// Without `p`, the tile P is not made.
-fd_status prepare(const fd_forward_args&, Wave&, bool p, int sm_count, Schedule);
+// What is wanted of a wave.
+struct Wanted {
+  bool p = true;                    // the tile P
+  const int* used_slots = nullptr;  // as in PrepareParameters
+  const std::uint8_t* needed = nullptr;
+};
+
+fd_status prepare(const fd_forward_args&, Wave&, const Wanted&, int sm_count, Schedule);
 
 }  // namespace flashdelta::emulation

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <string>
 #include <utility>
 #include <vector>
@@ -68,7 +69,7 @@ void compare(const Case& c, const Data& d, const Wave& wave, bool p, std::int64_
 
 void run(const Case& c, Wave& wave, bool p, int sm_count, Schedule schedule = Schedule::forward) {
   const Data d = make_data(c, 1);
-  with_call(c, d, [&](const fd_forward_args& args) { return prepare(args, wave, p, sm_count, schedule); });
+  with_call(c, d, [&](const fd_forward_args& args) { return prepare(args, wave, {.p = p}, sm_count, schedule); });
   EXPECT_TRUE(wave.guards_intact());
   if (!p) {
     EXPECT_TRUE(poison(wave.p.data(), static_cast<std::int64_t>(wave.p.size())));
@@ -149,6 +150,36 @@ TEST(Prepare, TheOrderOfThreadsDoesNotMatter) {
     EXPECT_TRUE(same_bytes(wave.p, expected.p));
     EXPECT_TRUE(same_bytes(wave.vectors, expected.vectors));
   }
+}
+
+TEST(Prepare, OnlyWantedHeadsOfUsedSlots) {
+  Case c = prepare_cases()[0];
+  c.HV = 6;
+  c.l2norm = true;
+  const Data d = make_data(c, 1);
+  Wave all(c), some(c);
+  const int used = static_cast<int>(all.chunks.size()) - 3;
+  std::vector<std::uint8_t> needed;
+  for (std::size_t i = 0; i < all.chunks.size() * 6; ++i) needed.push_back(i % 5 == 0 || i % 7 == 3 || (i > 40 && i < 50));
+  with_call(c, d, [&](const fd_forward_args& args) {
+    const fd_status status = prepare(args, all, {}, FEW_SMS, Schedule::forward);
+    return status == FD_OK ? prepare(args, some, {true, &used, needed.data()}, SOME_SMS, Schedule::shuffled) : status;
+  });
+  EXPECT_TRUE(some.guards_intact());
+  int written = 0;
+  for (std::size_t i = 0; i < needed.size(); ++i) {
+    const std::size_t slot = i / 6;
+    const bool wanted = needed[i] != 0 && slot < static_cast<std::size_t>(used) && all.chunks[slot].sequence >= 0;
+    const auto check = [&](const void* got, const void* expected, std::size_t bytes) {
+      EXPECT_TRUE(wanted ? std::memcmp(got, expected, bytes) == 0 : poison(got, static_cast<std::int64_t>(bytes)))
+          << "slot " << slot << ", value head " << i % 6;
+    };
+    check(some.scratch.t + i * cuda::TILE, all.scratch.t + i * cuda::TILE, cuda::TILE);
+    check(some.scratch.p + i * cuda::TILE, all.scratch.p + i * cuda::TILE, cuda::TILE);
+    check(some.scratch.vectors + i, all.scratch.vectors + i, sizeof(cuda::ChunkVectors));
+    written += wanted ? 1 : 0;
+  }
+  EXPECT_GT(written, 5);
 }
 
 }  // namespace

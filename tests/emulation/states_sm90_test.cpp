@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <random>
 #include <string>
 #include <utility>
 #include <vector>
@@ -53,7 +54,7 @@ std::vector<float> walk(const Case& c, const Data& d, Wave& wave, const std::vec
   std::vector<float> outcomes(runs.size() * static_cast<std::size_t>(c.HV * (c.V + (setting.transition ? K : 0)) * K), nan);
   setting.outcomes = outcomes.data();
   with_call(c, d, [&](const fd_forward_args& args) {
-    const fd_status status = prepare(args, wave, false, setting.sm_count, setting.schedule);
+    const fd_status status = prepare(args, wave, {.p = false}, setting.sm_count, setting.schedule);
     return status == FD_OK ? states(args, wave, runs, setting) : status;
   });
   EXPECT_TRUE(wave.guards_intact());
@@ -82,6 +83,47 @@ void compare_tiles(const Case& c, const Wave& wave, const HeadReference& expecte
   }
   EXPECT_LE(S.value(), limit(c));
   EXPECT_LE(R.value(), limit(c));
+}
+
+// S, R and last states against float64; last states against the forward, bit by bit; both shapes of blocks.
+void expect_states(const Case& c, const Data& d, Schedule schedule) {
+  Wave wave(c), other(c);
+  const std::vector<cuda::Run> runs = whole_sequences(c, wave);
+  const std::vector<float> outcomes = walk(c, d, wave, runs, {.sm_count = MANY_SMS, .schedule = schedule});
+  const std::vector<float> pairs = walk(c, d, other, runs, {.sm_count = FEW_SMS, .schedule = schedule});
+  EXPECT_EQ(std::memcmp(outcomes.data(), pairs.data(), outcomes.size() * sizeof(float)), 0);
+  EXPECT_TRUE(same_bytes(wave.s, other.s));
+  EXPECT_TRUE(same_bytes(wave.r, other.r));
+
+  hopper = {MANY_SMS, Schedule::forward};
+  const testing::Results forward = testing::forward(c, d, {.backend = FD_BACKEND_REFERENCE, .forward = emulation::forward});
+  const std::vector<double>& final = forward.at("final_state").values.x;
+  std::vector<bool> used(wave.chunks.size());
+  for (std::int64_t n = 0; n < c.N(); ++n) {
+    const int first_slot = wave.first_slot[static_cast<std::size_t>(n)];
+    for (std::int64_t hv = 0; hv < c.HV; ++hv) {
+      SCOPED_TRACE("sequence " + std::to_string(n) + ", value head " + std::to_string(hv));
+      const HeadReference expected = chunk_reference(head_inputs(c, d, n, hv));
+      compare_tiles(c, wave, expected, first_slot, static_cast<int>(hv));
+      const float* outcome = outcomes.data() + static_cast<std::size_t>(2 * n * c.HV + hv) * state_size(c);
+      RelativeError state;
+      add_state(state, outcome, expected.state, c.V);
+      EXPECT_LE(state.value(), limit(c));
+      for (std::int64_t i = 0; i < c.V * K && (!c.pool || d.has_row[static_cast<std::size_t>(n)]); ++i) {
+        const std::int64_t k = i % K, v = i / K, at = c.v_first ? i : k * c.V + v;
+        ASSERT_EQ(outcome[i], final[static_cast<std::size_t>((n * c.HV + hv) * c.V * K + at)])
+            << "value " << v << ", key " << k;
+      }
+    }
+    for (std::int64_t chunk = 0; chunk * C < c.lengths[static_cast<std::size_t>(n)]; ++chunk) {
+      used[static_cast<std::size_t>(first_slot + chunk)] = true;
+    }
+  }
+  for (std::size_t slot = 0; slot < used.size(); ++slot) {
+    const std::int64_t at = wave.scratch.block(static_cast<int>(slot), 0, 0), blocks = c.HV * wave.scratch.value_blocks;
+    EXPECT_TRUE(used[slot] || poison(wave.scratch.s + at * cuda::STATE_TILE, blocks * cuda::STATE_TILE)) << "slot " << slot;
+    EXPECT_TRUE(used[slot] || poison(wave.scratch.r + at * cuda::TILE, blocks * cuda::TILE)) << "slot " << slot;
+  }
 }
 
 std::vector<Case> states_cases() {
@@ -120,45 +162,7 @@ std::vector<Case> states_cases() {
 class EmulatedStates : public ::testing::TestWithParam<Case> {};
 
 TEST_P(EmulatedStates, AreThoseOfFloat64AndOfTheForwardBitByBit) {
-  const Case& c = GetParam();
-  const Data d = make_data(c, 1);
-  Wave wave(c), other(c);
-  const std::vector<cuda::Run> runs = whole_sequences(c, wave);
-  const std::vector<float> outcomes = walk(c, d, wave, runs, {.sm_count = MANY_SMS});
-  const std::vector<float> pairs = walk(c, d, other, runs, {.sm_count = FEW_SMS});
-  EXPECT_EQ(std::memcmp(outcomes.data(), pairs.data(), outcomes.size() * sizeof(float)), 0);
-  EXPECT_TRUE(same_bytes(wave.s, other.s));
-  EXPECT_TRUE(same_bytes(wave.r, other.r));
-
-  hopper = {MANY_SMS, Schedule::forward};
-  const testing::Results forward = testing::forward(c, d, {.backend = FD_BACKEND_REFERENCE, .forward = emulation::forward});
-  const std::vector<double>& final = forward.at("final_state").values.x;
-  std::vector<bool> used(wave.chunks.size());
-  for (std::int64_t n = 0; n < c.N(); ++n) {
-    const int first_slot = wave.first_slot[static_cast<std::size_t>(n)];
-    for (std::int64_t hv = 0; hv < c.HV; ++hv) {
-      SCOPED_TRACE("sequence " + std::to_string(n) + ", value head " + std::to_string(hv));
-      const HeadReference expected = chunk_reference(head_inputs(c, d, n, hv));
-      compare_tiles(c, wave, expected, first_slot, static_cast<int>(hv));
-      const float* outcome = outcomes.data() + static_cast<std::size_t>(2 * n * c.HV + hv) * state_size(c);
-      RelativeError state;
-      add_state(state, outcome, expected.state, c.V);
-      EXPECT_LE(state.value(), limit(c));
-      for (std::int64_t i = 0; i < c.V * K && (!c.pool || d.has_row[static_cast<std::size_t>(n)]); ++i) {
-        const std::int64_t k = i % K, v = i / K, at = c.v_first ? i : k * c.V + v;
-        ASSERT_EQ(outcome[i], final[static_cast<std::size_t>((n * c.HV + hv) * c.V * K + at)])
-            << "value " << v << ", key " << k;
-      }
-    }
-    for (std::int64_t chunk = 0; chunk * C < c.lengths[static_cast<std::size_t>(n)]; ++chunk) {
-      used[static_cast<std::size_t>(first_slot + chunk)] = true;
-    }
-  }
-  for (std::size_t slot = 0; slot < used.size(); ++slot) {
-    const std::int64_t at = wave.scratch.block(static_cast<int>(slot), 0, 0), blocks = c.HV * wave.scratch.value_blocks;
-    EXPECT_TRUE(used[slot] || poison(wave.scratch.s + at * cuda::STATE_TILE, blocks * cuda::STATE_TILE)) << "slot " << slot;
-    EXPECT_TRUE(used[slot] || poison(wave.scratch.r + at * cuda::TILE, blocks * cuda::TILE)) << "slot " << slot;
-  }
+  expect_states(GetParam(), make_data(GetParam(), 1), Schedule::forward);
 }
 
 INSTANTIATE_TEST_SUITE_P(, EmulatedStates, ::testing::ValuesIn(states_cases()),
@@ -268,6 +272,29 @@ TEST(States, TheOrderOfThreadsDoesNotMatter) {
       EXPECT_TRUE(same_bytes(wave.s, expected.s));
       EXPECT_TRUE(same_bytes(wave.r, expected.r));
     }
+  }
+}
+
+TEST(States, RandomPackedBatchesHaveTheForwardsBits) {
+  std::mt19937_64 random(6);
+  const auto below = [&](std::uint64_t n) { return static_cast<std::int64_t>(random() % n); };
+  for (std::uint64_t i = 0; i < 6; ++i) {
+    Case c = states_case({}, 64 * (1 + below(3)));
+    for (std::int64_t n = 1 + below(5); n > 0; --n) c.lengths.push_back(below(200));
+    c.padding = below(70);
+    c.H = 1 + below(2);
+    c.HV = c.H * (1 + below(3));
+    c.gates = static_cast<Gates>(below(6));
+    c.strengths = static_cast<Strengths>(below(7));
+    c.dtype = below(3) == 0 ? FD_FLOAT16 : FD_BFLOAT16;
+    c.gate_dtype = below(2) == 0 ? FD_BFLOAT16 : FD_FLOAT32;
+    c.l2norm = below(2) == 0;
+    c.v_first = below(2) == 0;
+    c.pool = below(2) == 0;
+    const Data d = make_data(c, 5 + i);
+    SCOPED_TRACE(describe(c));
+    emulation::seed = static_cast<std::uint32_t>(i);
+    expect_states(c, d, Schedule::shuffled);
   }
 }
 
