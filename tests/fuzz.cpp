@@ -344,7 +344,6 @@ class Fuzz {
     }
     fd_problem problem = call_.problem;
     problem.backend = backend;
-    if (backend == FD_BACKEND_REFERENCE) problem.context_parallel = FD_CONTEXT_AUTO;  // it never splits a sequence
     std::size_t bytes = 0;
     fd_status status = FD_OK;
     switch (operation_) {

@@ -49,6 +49,19 @@ TEST(Plan, ForwardWorkspaceOfTheCpuDoesNotDependOnTheTokens) {
   }
 }
 
+TEST(Plan, BackendsThatNeverSplitASequenceTakeEveryContextParallel) {
+  for (const fd_backend wanted : {FD_BACKEND_REFERENCE, FD_BACKEND_CPU}) {
+    for (const fd_context_parallel context : {FD_CONTEXT_AUTO, FD_CONTEXT_ON, FD_CONTEXT_OFF}) {
+      fd_problem p = small_problem();
+      p.backend = wanted;
+      p.context_parallel = context;
+      fd_backend backend = FD_BACKEND_AUTO;
+      EXPECT_EQ(fd_forward_backend(&p, &backend), FD_OK) << fd_last_error();
+      EXPECT_EQ(backend, wanted);
+    }
+  }
+}
+
 TEST(Plan, OffsetsPastTwoToThe31Fit) {
   fd_problem p = small_problem();
   p.T = INT64_C(1) << 24;

@@ -483,7 +483,6 @@ std::string description() { return "float64, one token after another"; }
 
 std::string unsupported(Operation, const fd_problem& p) {
   if (p.gate == FD_GATE_LOG_PER_KEY) return "gate is FD_GATE_LOG_PER_KEY; reference has one gate per token and value head";
-  if (p.context_parallel == FD_CONTEXT_ON) return "context_parallel is FD_CONTEXT_ON; reference never splits a sequence";
   return "";
 }
 
