@@ -12,8 +12,8 @@ namespace flashdelta {
 enum class Operation { forward, backward, step };
 
 // A backend sees only calls that have passed the checks of check.hpp, in normal form: struct sizes are ours, every stride is
-// explicit, `problem` has no zero left that stands for a default (N, scale, l2norm_eps, rows, slots, threads, context_bound, workspace_limit;
-// see `normalise` in check.hpp), and `cu_seqlens == nullptr` means N = B sequences of T tokens each.
+// explicit, `problem` has no zero left that stands for a default (N, scale, l2norm_eps, rows, slots, threads, context_bound,
+// workspace_limit; see `normalise` in check.hpp), and `cu_seqlens == nullptr` means N = B sequences of T tokens each.
 struct Backend {
   fd_backend id;
   fd_device device;

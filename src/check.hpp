@@ -29,7 +29,8 @@ fd_backward_args read(const fd_backward_args*);
 fd_step_args read(const fd_step_args*);
 
 // Checks sizes and options and resolves defaults: N becomes the number of sequences, rows the rows of each state tensor,
-// threads at least 1, and 1 in a forked child; scale, l2norm_eps, context_bound (0: exact) and workspace_limit the numbers to use.
+// threads at least 1, and 1 in a forked child; scale, l2norm_eps, context_bound (0: exact) and workspace_limit the numbers
+// to use.
 fd_problem normalise(Operation, fd_problem);
 
 // Memory of a call that is not a tensor: workspace, saved.
