@@ -84,8 +84,8 @@ enum {
   FD_BETA_LOGIT = 2  /* its logit: the write strength is sigmoid(beta), doubled with allow_neg_eigval */
 };
 
-/* Whether a long sequence may be split over the device: where it seems to pay, wherever it can be, or never. Results of `off`
- * do not depend on the rest of the batch. Backends that never split a sequence take all three. */
+/* Whether a long sequence may be split over the device: where it seems to pay, wherever it can be, or never. Results of
+ * `off` do not depend on the rest of the batch. Backends that never split a sequence take all three. */
 typedef int32_t fd_context_parallel;
 enum { FD_CONTEXT_AUTO = 0, FD_CONTEXT_ON = 1, FD_CONTEXT_OFF = 2 };
 

@@ -38,7 +38,8 @@ fd_status run(const fd_backward_args* call, bool save) try {
   fd_backward_args args = read(call);
   const fd_problem given = read(args.problem);
   const fd_problem problem = normalise(Operation::backward, given);
-  Poisoned saved(cuda::saved_bytes(problem)), o(static_cast<std::size_t>(problem.B * problem.T * problem.HV * problem.V) * 2);
+  Poisoned saved(cuda::saved_bytes(problem)),
+      o(static_cast<std::size_t>(problem.B * problem.T * problem.HV * problem.V) * 2);
   if (save && cuda::saved_bytes(problem) > 0) {
     fd_forward_args forward_args{};
     forward_args.size = sizeof(forward_args);
