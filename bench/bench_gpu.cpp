@@ -3,9 +3,12 @@
 // the bandwidth of a copy and the operations at the rate of dense bf16 products, both measured first), the clock of the SMs.
 //
 //     bench_gpu --list      names the rows
-//     bench_gpu --benchmark_out=h200.json --benchmark_out_format=json [--benchmark_filter='^forward/16/64/']
+//     bench_gpu [--operation=forward] --benchmark_out=h200.json --benchmark_out_format=json
+//     [--benchmark_filter='^forward/16/64/']
 #include <exception>
+#include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "bench/gpu_timing.hpp"
 #include "bench/rows.hpp"
@@ -23,13 +26,13 @@ std::string two_parts(int version, int unit) {  // 13000 -> "13.0"
   return std::to_string(version / unit) + "." + std::to_string(version % unit / 10);
 }
 
-void describe_run(const Machine& machine, int argc, char** argv) {
+void describe_run(const Machine& machine, const std::vector<char*>& arguments) {
   cudaDeviceProp device;
   must(cudaGetDeviceProperties(&device, 0), "cudaGetDeviceProperties");
   int driver = 0;
   must(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
   std::string command = "bench_gpu";
-  for (int i = 1; i < argc; ++i) command += std::string(" ") + argv[i];
+  for (std::size_t i = 1; i < arguments.size(); ++i) command += std::string(" ") + arguments[i];
   const std::int32_t version = fd_version();
   benchmark::AddCustomContext("gpu", device.name);
   benchmark::AddCustomContext("sms", std::to_string(machine.sm_count));
@@ -45,11 +48,18 @@ void describe_run(const Machine& machine, int argc, char** argv) {
 }
 
 int run(int argc, char** argv) {
-  const std::string first = argc > 1 ? argv[1] : "";
-  const auto rows = parse_rows(ROWS);
+  const std::string first = argc > 1 ? argv[1] : "", prefix = "--operation=";
+  auto rows = parse_rows(ROWS);
   if (first == "--list") {
     for (const Row& row : rows) std::printf("%s\n", row.name.c_str());
     return 0;
+  }
+  const std::vector<char*> all(argv, argv + argc);
+  if (first.starts_with(prefix)) {
+    std::erase_if(rows, [&](const Row& row) { return row.operation != first.substr(prefix.size()); });
+    if (rows.empty()) throw std::invalid_argument("no rows for " + first);
+    argv[1] = argv[0];
+    ++argv, --argc;
   }
   int devices = 0, major = 0;
   if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
@@ -62,7 +72,7 @@ int run(int argc, char** argv) {
     return 1;
   }
   const Machine machine = measure_machine();
-  describe_run(machine, argc, argv);
+  describe_run(machine, all);
   for (const Row& row : rows) {
     row.operation == "step" ? register_step(machine, row) : register_sequences(machine, row);
   }

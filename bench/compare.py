@@ -449,8 +449,14 @@ def merge(output: Path, inputs: list[Path]) -> int:
     """One file of several of the same GPU: rows of the later ones win, what they say of their runs is kept by name."""
     merged: dict[str, Any] = {"context": {}, "benchmarks": []}
     entries: dict[str, Any] = {}
+    status = 0
     for path in inputs:
-        part = json.loads(path.read_text())
+        try:
+            part = json.loads(path.read_text())
+        except json.JSONDecodeError:
+            print(f"compare: {path} is cut short: left out", file=sys.stderr)
+            status = 1
+            continue
         gpu = part["context"].get("gpu")
         if merged["context"].get("gpu", gpu) != gpu:
             print(f"compare: {path} is of {gpu}, others are of {merged['context']['gpu']}", file=sys.stderr)
@@ -465,7 +471,7 @@ def merge(output: Path, inputs: list[Path]) -> int:
     merged["benchmarks"] = list(entries.values())
     output.write_text(json.dumps(merged, indent=1) + "\n")
     print(f"{output}: {len(entries)} rows")
-    return 0
+    return status
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -48,7 +48,8 @@ programs=$pack/bin traps=$pack/traps
 FLASHDELTA_COMMIT=$(head -n 1 "$pack/commit")  # for the results of bench/compare.py, where there is no checkout
 export FLASHDELTA_COMMIT
 export FLASHDELTA_LIBRARY=$pack/programs/libflashdelta.so
-export PYTHONPATH=$PWD/python:$PWD/tests/python:${PYTHONPATH:-}:$pack/site
+export PYTHONPATH=$PWD/python:$PWD/tests/python:${PYTHONPATH:-}
+"$python" -c "import hypothesis, pytest, tqdm" 2>/dev/null || PYTHONPATH=$PYTHONPATH:$pack/site
 export PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=PASSIVE
 
 # A program of the pack, with the pack's libraries; python keeps its own.
@@ -111,8 +112,15 @@ run_racecheck() { sanitizer racecheck; }
 run_synccheck() { sanitizer synccheck; }
 run_initcheck() { sanitizer initcheck; }
 run_stress() { program stress --device cuda --seconds "$stress"; }
+# Each operation in a process of its own: an error of the device in one leaves the others.
 run_bench() {
-  program bench_gpu --benchmark_filter="$filter" --benchmark_out="$out/bench.json" --benchmark_out_format=json
+  local status=0
+  for operation in forward step backward training_forward; do
+    program bench_gpu --list | grep "^$operation/" | grep -Eq "$filter" || continue
+    program bench_gpu --operation=$operation --benchmark_filter="$filter" --benchmark_out="$out/bench-$operation.json" \
+      --benchmark_out_format=json || status=1
+  done
+  return $status
 }
 run_compare() {
   "$python" bench/compare.py speed --output "$out/compare.json" --filter "$filter" --seconds $(($1 - 15)) $compare
@@ -140,7 +148,11 @@ for step in ${steps//,/ }; do
   [ $status = 0 ] && result=passed || { result=FAILED; failed=$((failed + 1)); }
   if [ $status = 124 ] || [ $status = 137 ]; then
     result="TIMEOUT"
-    case $step in smoke) explain_hang gpu_forward_test '*Small*/Tokens64*' >>"$log" 2>&1 ;; forward) explain_hang gpu_forward_test >>"$log" 2>&1 ;; esac
+    case $step in
+      smoke) explain_hang gpu_forward_test '*Small*/Tokens64*' ;;
+      forward) explain_hang gpu_forward_test ;;
+      others) for test in "$traps"/gpu_[a-z]*_test; do [ "$test" = "$traps/gpu_forward_test" ] || explain_hang "$(basename "$test")"; done ;;
+    esac >>"$log" 2>&1
   fi
   said=$(grep -E '^\[  (PASSED|FAILED)  \] [0-9]+ test|batches in|ERROR SUMMARY|RACECHECK SUMMARY|[0-9]+ (passed|failed|skipped)|rows' "$log" |
     tail -1 | cut -c1-70)

@@ -145,6 +145,10 @@ def test_results_are_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert {e["name"]: (e["real_time"], e["commit"]) for e in result["benchmarks"]} == {"x": (1.0, "a"), "y": (3.0, "b")}
     assert compare.main(["merge", str(merged), str(paths[0]), str(paths[2])]) == 1
     assert "H100" in capsys.readouterr().err
+    paths[2].write_text('{"context": {"gpu": "H200"')
+    assert compare.main(["merge", str(merged), str(paths[0]), str(paths[2])]) == 1
+    assert "cut short" in capsys.readouterr().err
+    assert len(json.loads(merged.read_text())["benchmarks"]) == 2
 
 
 @pytest.fixture
