@@ -52,7 +52,7 @@ bench: build/.setup-test
 	@tools/build.sh release -DFLASHDELTA_TESTS=OFF -DFLASHDELTA_BENCH=ON -DFLASHDELTA_CUDA=$(CUDA)
 	@tools/bench.sh
 
-cuda: build/.setup-build cuda-toolkit
+cuda: build/.setup-test cuda-toolkit
 	@tools/cuda.sh
 
 gpu: build/.setup-test cuda-toolkit

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 # ptxas reports while it compiles: compile all of it (a compiler cache replays the report).
 rm -rf build/cuda-release/CMakeFiles/flashdelta_cuda_*.dir
-tools/build.sh cuda-release -DFLASHDELTA_CUDA=ON -DFLASHDELTA_TESTS=ON >build/cuda.log 2>&1 ||
+tools/build.sh cuda-release -DFLASHDELTA_CUDA=ON -DFLASHDELTA_TESTS=ON -DFLASHDELTA_BENCH=ON >build/cuda.log 2>&1 ||
   { grep -v "ptxas info" build/cuda.log | tail -60; exit 1; }
 "$PY" tools/resources.py build/cuda.log "$@"
 # The library must load where there is no GPU and no driver.

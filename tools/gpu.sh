@@ -19,6 +19,7 @@ prebuilt="" seconds=3600 out=build/gpu-out archive="" stress=120 compare="" filt
 steps=info,smoke,step,forward,others,cpu,python,memcheck,racecheck,synccheck,initcheck,stress,bench,errors,compare
 while [ $# -gt 0 ]; do
   case $1 in
+    --help | -h) sed -n '2,/^set /p' "$0" | grep '^#' | cut -c3-; exit 0 ;;
     --prebuilt) prebuilt=$2 ;;
     --steps) steps=$2 ;;
     --seconds) seconds=$2 ;;
@@ -75,7 +76,7 @@ explain_hang() {
 tests() {  # program, filter; a run in which every test was skipped is none
   local log
   log=$(mktemp)
-  program "$1" --gtest_filter="${2:-*}" --gtest_brief=1 2>&1 | tee "$log"
+  program "$1" --gtest_filter="${2:-*}" 2>&1 | tee "$log"
   local status=${PIPESTATUS[0]}
   ! grep -q "PASSED  \] 0 tests" "$log" || status=1
   rm -f "$log"
@@ -161,6 +162,9 @@ for step in ${steps//,/ }; do
   [ "$result" = passed ] || tail -n 15 "$log" | cut -c1-180 | sed 's/^/    /'
   table+=$line$'\n'
   printf '%s' "$table" >"$out/summary.txt"
+  if [ "$step" = smoke ] && [ "$result" != passed ]; then  # what builds on it gets less time
+    for later in forward others python stress bench; do limits[$later]=60; done
+  fi
   [ -z "$archive" ] || XZ_OPT=-1 tar cJf "$archive" -C "$out" .
 done
 printf '\n%s%d of the steps failed or had no time, %d s\n' "$table" $failed $SECONDS
