@@ -14,80 +14,12 @@
 //                                                keys:     dk += W K + dP^T Q
 #pragma once
 
-#include "cuda/block_sm90.cuh"
 #include "cuda/gradients_sm90.hpp"
+#include "cuda/gradients_tiles_sm90.cuh"
 #include "cuda/ptx.cuh"
 
 namespace flashdelta::cuda {
 namespace gradients {
-
-constexpr int THREADS = 384;
-constexpr int STAGES = 2, HEADS = 2, ITEMS = 2;  // of the rings
-// Registers per thread. Together at most 504: what 384 threads are launched with.
-constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
-static_assert(PRODUCER_REGISTERS + 2 * CONSUMER_REGISTERS <= 504);
-
-struct Item {
-  int slot;  // -1: no more
-  int head;  // key head
-  int64_t batch;
-  ChunkPlace place;
-};
-
-// Barriers, each with its phase bit per stage. Who arrives -> who waits:
-enum Barrier {
-  ITEM_FULL,      // loads -> all other warps
-  ITEM_FREE,      // all other warps -> loads
-  KQ_FULL,        // copy engine -> queries, keys
-  KQ_FREE,        // queries, keys -> loads
-  BLOCK_FULL,     // copy engine -> queries, keys, states
-  BLOCK_FREE,     // queries, keys, states -> loads
-  VECTORS_FULL,   // copy engine -> queries, keys, gates
-  VECTORS_FREE,   // queries, keys, gates -> loads
-  TILES_FULL,     // queries -> keys
-  TILES_FREE,     // keys -> queries
-  SUMS_FULL,      // queries, keys, states -> gates
-  SUMS_FREE,      // gates -> queries, keys, states
-  PRODUCTS_FREE,  // keys -> queries: their dk has left the space of K K^T
-  BARRIERS
-};
-
-// Named barriers.
-constexpr int QUERIES = 1, KEYS_ = 2;
-
-// What 64 values of a chunk bring.
-struct Block {
-  uint8_t do_[TILE], dv[TILE], r[TILE];   // tokens x values
-  uint8_t s[STATE_TILE], ds[STATE_TILE];  // values x keys
-};
-constexpr int BLOCK_BYTES = sizeof(Block);
-
-// What a value head's tokens give to dg and dbeta.
-struct Sums {
-  float read[2][CHUNK];       // terms of a_i from rows: of queries, of keys
-  float column[2][4][CHUNK];  // sums over rows 16 w.. of dP .* Q K^T below the diagonal, and of X .* K K^T
-  float written[CHUNK];       // w_j
-  float own[CHUNK];           // <dv_i, R_i>
-  float overlap[CHUNK];       // sum over j of (k_i.k_j)^2, j = i left out
-  float state[2];             // <dS, S>: even and odd pieces of the tiles
-  float padding[2];
-};
-
-struct alignas(1024) SharedMemory {
-  uint8_t k[CHUNK * KEYS * 2];  // two halves of 64 columns
-  uint8_t q[CHUNK * KEYS * 2];
-  Block blocks[STAGES];
-  // K K^T and Q K^T of the item with their l2 norms, each thread's accumulators by themselves; then dk and dq.
-  float4 kk[8][128], qk[8][128];
-  uint8_t w[TILE];   // E |k_j|^-1 below the diagonal, its mirror image with |k_i|^-1 above
-  uint8_t dp[TILE];  // dP^T |q_i|^-1
-  ChunkVectors vectors[HEADS];
-  Sums sums[HEADS];
-  Item items[ITEMS];
-  uint64_t barriers[BARRIERS][MAX_STAGES];
-};
-static_assert(sizeof(SharedMemory) <= 227 * 1024);
-static_assert(sizeof(ChunkVectors) % 16 == 0);
 
 // Coordinates of the item's first token in the tensor maps.
 __device__ __forceinline__ Place place(const GradientParameters& p, const Item& item) {
@@ -317,108 +249,13 @@ __device__ __forceinline__ void write_gates(const GradientParameters& p, SharedM
   }
 }
 
-// --- queries and keys: products of 64 tokens by a warpgroup
-
-// d += a b^T, 64 deep; with FIRST d = a b^T. Rows of `a` are tokens, the depth runs along them; so it does in `b`, whose
-// rows are N, or else (TRANSPOSED_B) its rows are the depth and N runs along them, in tiles of 64.
-template <typename T, bool FIRST, int TRANSPOSED_B, int COUNT>
-__device__ __forceinline__ void multiply(float (&d)[COUNT], uint32_t a, uint32_t b) {
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    const uint64_t x = matrix_descriptor(a + k * 32, 16);
-    const uint64_t y = TRANSPOSED_B ? matrix_descriptor(b + k * 2048, TILE) : matrix_descriptor(b + k * 32, 16);
-    if (FIRST && k == 0) {
-      wgmma<T, true, 0, TRANSPOSED_B>(d, x, y);
-    } else {
-      wgmma<T, false, 0, TRANSPOSED_B>(d, x, y);
-    }
-  }
-}
-
-// A thread's place in the accumulators of its warpgroup: rows `row` and `row` + 8, columns `column` and the next of each 8.
-// And the lane's row and 16-byte block of 16 x 16 elements in a load or store of matrices, and in one that transposes.
-struct Lane {
-  int warp, row, column;
-  __device__ Lane(int warp_, int lane) : warp(warp_), row(16 * warp_ + (lane >> 2)), column(2 * (lane & 3)) {
-    const int r8 = lane & 7, middle = (lane >> 3) & 1, upper = lane >> 4;
-    straight = static_cast<uint32_t>(r8 + 8 * middle) << 1 | static_cast<uint32_t>(upper);
-    transposed = static_cast<uint32_t>(r8 + 8 * upper) << 1 | static_cast<uint32_t>(middle);
-  }
-  // Offset in a tile of the 16 x 16 block (i, j).
-  __device__ uint32_t at(int i, int j) const { return offset(straight, i, j); }
-  __device__ uint32_t at_transposed(int i, int j) const { return offset(transposed, i, j); }
-
- private:
-  uint32_t straight, transposed;
-  __device__ static uint32_t offset(uint32_t x, int i, int j) {
-    return swizzled(16 * i + static_cast<int>(x >> 1), 2 * j + static_cast<int>(x & 1));
-  }
-};
-
-// Sum over the four lanes that share a row.
-__device__ __forceinline__ float sum_row(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
-
-// l2 norm's gradient for rows y = f x of the tile with x: dx = f (dy - y <y, dy>).
-template <typename T>
-__device__ __forceinline__ void differentiate_norm(float (&d)[64], uint32_t tile, float f0, float f1, const Lane& lane) {
-  float dot0 = 0.0f, dot1 = 0.0f;
-#pragma unroll
-  for (int b = 0; b < 8; ++b) {
-    uint32_t x[4];
-    load_matrices(x, tile + (b / 4) * TILE + lane.at(lane.warp, b % 4));
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float2 x0 = unpack<T>(x[2 * h]), x1 = unpack<T>(x[2 * h + 1]);
-      const float* y = d + 8 * b + 4 * h;
-      dot0 = fmaf(x0.x, y[0], fmaf(x0.y, y[1], dot0));
-      dot1 = fmaf(x1.x, y[2], fmaf(x1.y, y[3], dot1));
-    }
-  }
-  dot0 = sum_row(dot0) * f0 * f0;
-  dot1 = sum_row(dot1) * f1 * f1;
-#pragma unroll
-  for (int b = 0; b < 8; ++b) {
-    uint32_t x[4];
-    load_matrices(x, tile + (b / 4) * TILE + lane.at(lane.warp, b % 4));
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float2 x0 = unpack<T>(x[2 * h]), x1 = unpack<T>(x[2 * h + 1]);
-      float* y = d + 8 * b + 4 * h;
-      y[0] = f0 * (y[0] - x0.x * dot0);
-      y[1] = f0 * (y[1] - x0.y * dot0);
-      y[2] = f1 * (y[2] - x1.x * dot1);
-      y[3] = f1 * (y[3] - x1.y * dot1);
-    }
-  }
-}
-
-// Rounds a gradient of 64 tokens x 128 keys and stores it from `space`, which is free. The store still reads when this
-// returns.
-template <typename T>
-__device__ __forceinline__ void store_gradient(const CUtensorMap& map, const float (&d)[64], uint32_t space, int barrier,
-                                               const Place& to, int head, const Lane& lane, bool first_thread) {
-#pragma unroll
-  for (int b = 0; b < 8; ++b) {
-    const float* x = d + 8 * b;
-    store_matrices(space + (b / 4) * TILE + lane.at(lane.warp, b % 4), pack<T>(x[0], x[1]), pack<T>(x[2], x[3]),
-                   pack<T>(x[4], x[5]), pack<T>(x[6], x[7]));
-  }
-  fence_async_shared();
-  named_barrier(barrier, 128);
-  if (first_thread) {
-    tensor_store(&map, space, 0, to.token, head, to.third, to.fourth);
-    tensor_store(&map, space + TILE, 64, to.token, head, to.third, to.fourth);
-    stores_commit();
-  }
-}
-
-// --- queries
+// --- queries: dq
 
 template <typename T, bool FIRST>
-__device__ __forceinline__ void multiply_block(float (&s)[64], float (&dr)[32], float (&xr)[32], const Block& block) {
+__device__ __forceinline__ void multiply_block(float (&s)[64], float (&dr)[32], float (&xr)[32], SharedMemory& shared,
+                                               const Ring& blocks) {
+  wait_full(shared, BLOCK_FULL, blocks);
+  const Block& block = shared.blocks[blocks.stage];
   const uint32_t do_ = shared_address(block.do_), r = shared_address(block.r);
   wgmma_fence();
   multiply<T, FIRST, 0>(dr, do_, r);
@@ -429,242 +266,81 @@ __device__ __forceinline__ void multiply_block(float (&s)[64], float (&dr)[32], 
   accumulators_ready(s);
   accumulators_ready(dr);
   accumulators_ready(xr);
+  arrive(shared, BLOCK_FREE, blocks, lane_number());
 }
 
-// Q K^T and K K^T of an item below the diagonal, times the l2 norms of both sides. Returns the thread's part of its rows'
-// Sums::overlap.
+// dq += scale e^gam .* x, where x = do S^T. Returns the thread's part of its rows' scale e^gam_i <q_i, x_i>.
 template <typename T>
-__device__ __forceinline__ float2 make_products(SharedMemory& shared, const ChunkVectors& vectors, const Lane& lane,
-                                                int thread) {
-  const uint32_t k = shared_address(shared.k), q = shared_address(shared.q);
-  float qk[32], kk[32];
-  wgmma_fence();
-  multiply<T, true, 0>(qk, q, k);
-  multiply<T, false, 0>(qk, q + TILE, k + TILE);
-  multiply<T, true, 0>(kk, k, k);
-  multiply<T, false, 0>(kk, k + TILE, k + TILE);
-  wgmma_commit();
-  wgmma_wait<0>();
-  accumulators_ready(qk);
-  accumulators_ready(kk);
-  const float q_[2] = {vectors.query[lane.row], vectors.query[lane.row + 8]};
-  const float k_[2] = {vectors.key[lane.row], vectors.key[lane.row + 8]};
-  float overlap[2] = {0.0f, 0.0f};
+__device__ __forceinline__ float2 add_read(float (&dq)[64], const float (&x)[64], SharedMemory& shared,
+                                           const ChunkVectors& vectors, float scale, int warp) {
+  const Lane lane(warp);
+  const float r0 = scale * vectors.rise[lane.row], r1 = scale * vectors.rise[lane.row + 8];
+  float dot0 = 0.0f, dot1 = 0.0f;
 #pragma unroll
-  for (int n = 0; n < 8; ++n) {
-    const float2 c = *reinterpret_cast<const float2*>(&vectors.key[8 * n + lane.column]);
-    float x[4], y[4];
+  for (int b = 0; b < 8; ++b) {
+    uint32_t q[4];
+    load_matrices(q, shared_address(shared.q) + (b / 4) * TILE + lane.at(warp, b % 4));
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int right = 8 * n + lane.column + (i & 1) - lane.row - 8 * (i / 2);  // of the diagonal
-      const float key = (i & 1) == 0 ? c.x : c.y;
-      x[i] = right < 0 ? qk[4 * n + i] * (q_[i / 2] * key) : 0.0f;
-      y[i] = right != 0 ? kk[4 * n + i] * (k_[i / 2] * key) : 0.0f;
-      overlap[i / 2] = fmaf(y[i], y[i], overlap[i / 2]);
-      y[i] = right < 0 ? y[i] : 0.0f;
-    }
-    shared.qk[n][thread] = make_float4(x[0], x[1], x[2], x[3]);
-    shared.kk[n][thread] = make_float4(y[0], y[1], y[2], y[3]);
-  }
-  return {overlap[0], overlap[1]};
-}
-
-// Sums over the warp's 16 rows of four columns of dP .* Q K^T and of X .* K K^T: v[2 n + e] and v[4 + 2 n + e] for column
-// 8 n + `column` + e. Of the eight sums each lane returns one: the halves of what lanes hold are exchanged three times.
-__device__ __forceinline__ float sum_columns(const float (&v)[8], int lane) {
-  const bool second = (lane & 16) != 0, right = (lane & 8) != 0, odd = (lane & 4) != 0;
-  float x[4], y[2];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    x[i] = (second ? v[4 + i] : v[i]) + __shfl_xor_sync(~0u, second ? v[i] : v[4 + i], 16);
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) y[i] = (right ? x[2 + i] : x[i]) + __shfl_xor_sync(~0u, right ? x[i] : x[2 + i], 8);
-  return (odd ? y[1] : y[0]) + __shfl_xor_sync(~0u, odd ? y[0] : y[1], 4);
-}
-
-// What the triangles of one value head go to and come from.
-struct Triangles {
-  uint32_t w, dp;  // tiles
-  const float4 (&qk)[8][128], (&kk)[8][128];
-  const ChunkVectors& vectors;
-  Sums& sums;
-  float scale;
-};
-
-// A block of 16 columns of the triangles; DIAGONAL: of the warp's own rows. See make_triangles.
-template <typename T, bool DIAGONAL>
-__device__ __forceinline__ void make_triangles_block(const Triangles& to, uint32_t* a, uint32_t (&dp_row)[4],
-                                                     const float* dr, const float* xr, float (&sum)[2], int b,
-                                                     const Lane& lane, int thread) {
-  const ChunkVectors& vectors = to.vectors;
-  const int row = lane.row;
-  const float g[2] = {vectors.gam[row], vectors.gam[row + 8]};
-  const float query[2] = {vectors.query[row], vectors.query[row + 8]};
-  const float key[2] = {vectors.key[row], vectors.key[row + 8]};
-  uint32_t e_row[4], e_column[4];  // E |k_i|^-1, E |k_j|^-1
-  float columns[8];
-#pragma unroll
-  for (int n = 0; n < 2; ++n) {
-    const int j = 16 * b + 8 * n + lane.column;
-    const float2 gam_ = *reinterpret_cast<const float2*>(&vectors.gam[j]);
-    const float2 beta_ = *reinterpret_cast<const float2*>(&vectors.beta[j]);
-    const float2 key_ = *reinterpret_cast<const float2*>(&vectors.key[j]);
-    const float4 qk_ = to.qk[2 * b + n][thread], kk_ = to.kk[2 * b + n][thread];
-    const float gam[2] = {gam_.x, gam_.y}, beta[2] = {beta_.x, beta_.y}, key_j[2] = {key_.x, key_.y};
-    const float qk[4] = {qk_.x, qk_.y, qk_.z, qk_.w}, kk[4] = {kk_.x, kk_.y, kk_.z, kk_.w};
-    float dp_k[4], dp_q[4], e_i[4], e_j[4], m[4], z[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int c = i & 1, r = i / 2, right = j + c - row - 8 * r;  // of the diagonal
-      const float decay = exp2_fast(g[r] - gam[c]);
-      const float dp = dr[4 * n + i] * (DIAGONAL && right > 0 ? 0.0f : decay) * (to.scale * beta[c]);
-      const float x = xr[4 * n + i] * (DIAGONAL && right >= 0 ? 0.0f : decay);
-      const float e = -(x * beta[c]);
-      m[i] = dp * qk[i];
-      z[i] = x * kk[i];
-      sum[r] += m[i];
-      sum[r] = fmaf(-beta[c], z[i], sum[r]);
-      dp_k[i] = dp * key_j[c];
-      dp_q[i] = dp * query[r];
-      e_i[i] = e * key[r];
-      e_j[i] = e * key_j[c];
-    }
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      columns[2 * n + c] = m[c] + m[2 + c];
-      columns[4 + 2 * n + c] = z[c] + z[2 + c];
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      a[2 * n + r] = pack<T>(dp_k[2 * r], dp_k[2 * r + 1]);
-      dp_row[2 * n + r] = pack<T>(dp_q[2 * r], dp_q[2 * r + 1]);
-      e_row[2 * n + r] = pack<T>(e_i[2 * r], e_i[2 * r + 1]);
-      e_column[2 * n + r] = pack<T>(e_j[2 * r], e_j[2 * r + 1]);
+    for (int h = 0; h < 2; ++h) {
+      const float2 q0 = unpack<T>(q[2 * h]), q1 = unpack<T>(q[2 * h + 1]);
+      const float* y = x + 8 * b + 4 * h;
+      float* d = dq + 8 * b + 4 * h;
+      dot0 = fmaf(q0.x, y[0], fmaf(q0.y, y[1], dot0));
+      dot1 = fmaf(q1.x, y[2], fmaf(q1.y, y[3], dot1));
+      d[0] = fmaf(r0, y[0], d[0]);
+      d[1] = fmaf(r0, y[1], d[1]);
+      d[2] = fmaf(r1, y[2], d[2]);
+      d[3] = fmaf(r1, y[3], d[3]);
     }
   }
-  const int lane_ = thread % 32;
-  const float column = sum_columns(columns, lane_);
-  to.sums.column[lane_ >> 4][lane.warp][16 * b + (lane_ & 8) + lane.column + ((lane_ >> 2) & 1)] = column;
-  if constexpr (DIAGONAL) {
-    if (lane.column == (row & 6)) {  // the thread has the diagonal of both its rows
-      to.sums.own[row] = (row & 1) == 0 ? xr[0] : xr[1];
-      to.sums.own[row + 8] = (row & 1) == 0 ? xr[6] : xr[7];
-    }
-    // Both halves of the diagonal block: E below, its mirror image (through memory) above.
-    uint32_t mirrored[4];
-    store_matrices(to.w + lane.at(b, b), e_row[0], e_row[1], e_row[2], e_row[3]);
-    __syncwarp();
-    load_matrices_transposed(mirrored, to.w + lane.at_transposed(b, b));
-    __syncwarp();
-    const int right = lane.column - (row & 7);
-    const uint32_t below = (right < 0 ? 0xffffu : 0u) | (right < -1 ? 0xffff0000u : 0u);
-    e_column[0] = (e_column[0] & below) | (mirrored[0] & ~below);
-    e_column[2] = mirrored[2];
-    e_column[3] = (e_column[3] & below) | (mirrored[3] & ~below);
-  } else {
-    store_matrices_transposed(to.w + lane.at_transposed(b, lane.warp), e_row[0], e_row[1], e_row[2], e_row[3]);
-  }
-  store_matrices(to.w + lane.at(lane.warp, b), e_column[0], e_column[1], e_column[2], e_column[3]);
-}
-
-// dP, X and E from do R^T and dv R^T. Leaves dP |k_j|^-1 as operand `a`, the tiles W and dP^T, sums over columns; adds up
-// the thread's part of its rows of dP .* Q K^T + E .* K K^T, the diagonal left out (there it cancels).
-template <typename T>
-__device__ __forceinline__ void make_triangles(const Triangles& to, uint32_t (&a)[16], const float (&dr)[32],
-                                               const float (&xr)[32], float (&sum)[2], const Lane& lane, int thread) {
-#pragma unroll
-  for (int b = 0; b < 4; ++b) {
-    uint32_t dp_row[4] = {};  // dP |q_i|^-1
-    if (b < lane.warp) {
-      make_triangles_block<T, false>(to, a + 4 * b, dp_row, dr + 8 * b, xr + 8 * b, sum, b, lane, thread);
-    } else if (b == lane.warp) {
-      make_triangles_block<T, true>(to, a + 4 * b, dp_row, dr + 8 * b, xr + 8 * b, sum, b, lane, thread);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) a[4 * b + i] = 0;
-    }
-    store_matrices_transposed(to.dp + lane.at_transposed(b, lane.warp), dp_row[0], dp_row[1], dp_row[2], dp_row[3]);
-  }
+  return make_float2(dot0 * (r0 * vectors.query[lane.row]), dot1 * (r1 * vectors.query[lane.row + 8]));
 }
 
 template <typename T>
-__device__ __forceinline__ void run_queries(const GradientParameters& p, SharedMemory& shared, int thread) {
-  const Lane lane(__shfl_sync(~0u, thread / 32, 0), thread % 32);
-  Ring items, blocks, heads, tiles, keys;
+__device__ __forceinline__ void run_queries(const GradientParameters& p, SharedMemory& shared, int warp) {
+  uint32_t item_count = 0, head_count = 0, block_count = 0;  // so far
   const int group = p.scratch.value_heads / p.heads;
   float dq[64];
   while (true) {
+    const Ring items = ring_at<ITEMS>(item_count), keys = ring_at<1>(item_count);
     wait_full(shared, ITEM_FULL, items);
     const Item& item = shared.items[items.stage];  // read again where needed: registers are short
     if (item.slot < 0) break;
 #pragma unroll
     for (int i = 0; i < 64; ++i) dq[i] = 0.0f;
-    const uint32_t tile_q = shared_address(shared.q);
     float f0 = 1.0f, f1 = 1.0f;
     float2 overlap = {0.0f, 0.0f};
     for (int i = 0; i < group; ++i) {
       float s[64], dr[32], xr[32];
-      wait_full(shared, BLOCK_FULL, blocks);
-      multiply_block<T, true>(s, dr, xr, shared.blocks[blocks.stage]);
-      arrive(shared, BLOCK_FREE, blocks, thread % 32);
-      blocks.next<STAGES>();
+      multiply_block<T, true>(s, dr, xr, shared, ring_at<STAGES>(block_count++));
       for (int b = 1; b < p.scratch.value_blocks; ++b) {
-        wait_full(shared, BLOCK_FULL, blocks);
-        multiply_block<T, false>(s, dr, xr, shared.blocks[blocks.stage]);
-        arrive(shared, BLOCK_FREE, blocks, thread % 32);
-        blocks.next<STAGES>();
+        multiply_block<T, false>(s, dr, xr, shared, ring_at<STAGES>(block_count++));
       }
 
+      const Ring heads = ring_at<HEADS>(head_count), tiles = ring_at<1>(head_count);
+      ++head_count;
       wait_full(shared, VECTORS_FULL, heads);
       const ChunkVectors& vectors = shared.vectors[heads.stage];
       if (i == 0) wait_full(shared, KQ_FULL, keys);
-      f0 = vectors.query[lane.row];
-      f1 = vectors.query[lane.row + 8];
-      const float r0 = p.scale * vectors.rise[lane.row], r1 = p.scale * vectors.rise[lane.row + 8];
-      float dot0 = 0.0f, dot1 = 0.0f;
-#pragma unroll
-      for (int b = 0; b < 8; ++b) {
-        uint32_t x[4];
-        load_matrices(x, tile_q + (b / 4) * TILE + lane.at(lane.warp, b % 4));
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const float2 x0 = unpack<T>(x[2 * h]), x1 = unpack<T>(x[2 * h + 1]);
-          const float* y = s + 8 * b + 4 * h;
-          float* d = dq + 8 * b + 4 * h;
-          dot0 = fmaf(x0.x, y[0], fmaf(x0.y, y[1], dot0));
-          dot1 = fmaf(x1.x, y[2], fmaf(x1.y, y[3], dot1));
-          d[0] = fmaf(r0, y[0], d[0]);
-          d[1] = fmaf(r0, y[1], d[1]);
-          d[2] = fmaf(r1, y[2], d[2]);
-          d[3] = fmaf(r1, y[3], d[3]);
-        }
-      }
-      dot0 *= r0 * f0;
-      dot1 *= r1 * f1;
+      const float2 read = add_read<T>(dq, s, shared, vectors, p.scale, warp);
       if (i == 0) {
-        // Nobody needs the products of the item before: its dq has been read, its dk as well.
-        if (thread == 0) {
+        // Nobody needs the space of the products any more: the dq and the dk of the item before have left it.
+        if (thread_number() == 0) {
           stores_wait_read<0>();
-          barrier_wait(barrier_address(shared, PRODUCTS_FREE, 0), keys.parity);
+          wait_full(shared, PRODUCTS_FREE, keys);
         }
         named_barrier(QUERIES, 128);
-        overlap = make_products<T>(shared, vectors, lane, thread);
-        overlap.x = sum_row(overlap.x);
-        overlap.y = sum_row(overlap.y);
+        overlap = make_products<T>(shared, vectors, warp);
       }
 
       wait_free(shared, SUMS_FREE, heads);
       wait_free(shared, TILES_FREE, tiles);
       Sums& sums = shared.sums[heads.stage];
       uint32_t a[16];
-      float sum[2] = {dot0, dot1};
-      make_triangles<T>({shared_address(shared.w), shared_address(shared.dp), shared.qk, shared.kk, vectors, sums, p.scale},
-                        a, dr, xr, sum, lane, thread);
+      float sum[2] = {read.x, read.y};
+      make_triangles<T>(a, sum, dr, xr, shared, vectors, sums, p.scale, warp);
       fence_async_shared();
-      arrive(shared, TILES_FULL, tiles, thread % 32);
-      tiles.next<1>();
-      arrive(shared, VECTORS_FREE, heads, thread % 32);
+      arrive(shared, TILES_FULL, tiles, lane_number());
 
       wgmma_fence();
 #pragma unroll
@@ -673,6 +349,9 @@ __device__ __forceinline__ void run_queries(const GradientParameters& p, SharedM
                            matrix_descriptor(shared_address(shared.k) + k * 2048, TILE));
       }
       wgmma_commit();
+      const Lane lane(warp);
+      f0 = vectors.query[lane.row];
+      f1 = vectors.query[lane.row + 8];
       sum[0] = sum_row(sum[0]);
       sum[1] = sum_row(sum[1]);
       if (lane.column == 0) {
@@ -681,29 +360,31 @@ __device__ __forceinline__ void run_queries(const GradientParameters& p, SharedM
         sums.overlap[lane.row] = overlap.x;
         sums.overlap[lane.row + 8] = overlap.y;
       }
-      arrive(shared, SUMS_FULL, heads, thread % 32);
-      heads.next<HEADS>();
+      arrive(shared, VECTORS_FREE, heads, lane_number());
+      arrive(shared, SUMS_FULL, heads, lane_number());
       wgmma_wait<0>();
       accumulators_ready(dq);
     }
-    keys.next<1>();
 
     if (p.has_dq != 0) {
-      if (p.l2norm != 0) differentiate_norm<T>(dq, tile_q, f0, f1, lane);
+      if (p.l2norm != 0) differentiate_norm<T>(dq, shared_address(shared.q), f0, f1, Lane(warp));
       named_barrier(QUERIES, 128);  // all have read their Q K^T
-      store_gradient<T>(p.dq, dq, shared_address(shared.qk), QUERIES, place(p, item), item.head, lane, thread == 0);
+      store_gradient<T>(p.dq, dq, shared_address(shared.qk), QUERIES, place(p, item), item.head, Lane(warp));
     }
-    arrive(shared, KQ_FREE, Ring{}, thread % 32);
-    arrive(shared, ITEM_FREE, items, thread % 32);
-    items.next<ITEMS>();
+    arrive(shared, KQ_FREE, Ring{}, lane_number());
+    arrive(shared, ITEM_FREE, items, lane_number());
+    ++item_count;
   }
-  if (thread == 0) stores_wait();
+  if (thread_number() == 0) stores_wait();
 }
 
-// --- keys
+// --- keys: dk
 
 template <typename T, bool FIRST>
-__device__ __forceinline__ void multiply_block(float (&read)[64], float (&written)[64], const Block& block) {
+__device__ __forceinline__ void multiply_block(float (&read)[64], float (&written)[64], SharedMemory& shared,
+                                               const Ring& blocks) {
+  wait_full(shared, BLOCK_FULL, blocks);
+  const Block& block = shared.blocks[blocks.stage];
   wgmma_fence();
   multiply<T, FIRST, 1>(read, shared_address(block.dv), shared_address(block.s));
   multiply<T, FIRST, 1>(written, shared_address(block.r), shared_address(block.ds));
@@ -711,108 +392,115 @@ __device__ __forceinline__ void multiply_block(float (&read)[64], float (&writte
   wgmma_wait<0>();
   accumulators_ready(read);
   accumulators_ready(written);
+  arrive(shared, BLOCK_FREE, blocks, lane_number());
 }
 
+// dk += -e^gam .* x + e^(gam_C - gam) beta .* y, where x = dv S^T, y = R dS^T. Row dots of both with k go to `sums`.
 template <typename T>
-__device__ __forceinline__ void run_keys(const GradientParameters& p, SharedMemory& shared, int thread) {
-  const Lane lane(__shfl_sync(~0u, thread / 32, 0), thread % 32);
-  Ring items, blocks, heads, tiles, keys;
+__device__ __forceinline__ void add_read_and_written(float (&dk)[64], const float (&x)[64], const float (&y)[64],
+                                                     SharedMemory& shared, const ChunkVectors& vectors, Sums& sums,
+                                                     int warp) {
+  const Lane lane(warp);
+  const int row = lane.row;
+  const float r0 = -vectors.rise[row], r1 = -vectors.rise[row + 8];
+  const float w0 = vectors.end[row] * vectors.beta[row], w1 = vectors.end[row + 8] * vectors.beta[row + 8];
+  float read0 = 0.0f, read1 = 0.0f, written0 = 0.0f, written1 = 0.0f;
+#pragma unroll
+  for (int b = 0; b < 8; ++b) {
+    uint32_t k[4];
+    load_matrices(k, shared_address(shared.k) + (b / 4) * TILE + lane.at(warp, b % 4));
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float2 k0 = unpack<T>(k[2 * h]), k1 = unpack<T>(k[2 * h + 1]);
+      const float* u = x + 8 * b + 4 * h;
+      const float* v = y + 8 * b + 4 * h;
+      float* d = dk + 8 * b + 4 * h;
+      read0 = fmaf(k0.x, u[0], fmaf(k0.y, u[1], read0));
+      read1 = fmaf(k1.x, u[2], fmaf(k1.y, u[3], read1));
+      written0 = fmaf(k0.x, v[0], fmaf(k0.y, v[1], written0));
+      written1 = fmaf(k1.x, v[2], fmaf(k1.y, v[3], written1));
+      d[0] = fmaf(r0, u[0], fmaf(w0, v[0], d[0]));
+      d[1] = fmaf(r0, u[1], fmaf(w0, v[1], d[1]));
+      d[2] = fmaf(r1, u[2], fmaf(w1, v[2], d[2]));
+      d[3] = fmaf(r1, u[3], fmaf(w1, v[3], d[3]));
+    }
+  }
+  read0 = sum_row(read0);
+  read1 = sum_row(read1);
+  written0 = sum_row(written0);
+  written1 = sum_row(written1);
+  if (lane.column == 0) {
+    sums.read[1][row] = read0 * (r0 * vectors.key[row]);
+    sums.read[1][row + 8] = read1 * (r1 * vectors.key[row + 8]);
+    sums.written[row] = written0 * (w0 * vectors.key[row]);
+    sums.written[row + 8] = written1 * (w1 * vectors.key[row + 8]);
+  }
+}
+
+// dk += dP^T Q + W K of a value head, once its tiles are there.
+template <typename T>
+__device__ __forceinline__ void add_triangles(float (&dk)[64], SharedMemory& shared, const Ring& tiles) {
+  wait_full(shared, TILES_FULL, tiles);
+  wgmma_fence();
+  multiply<T, false, 1>(dk, shared_address(shared.dp), shared_address(shared.q));
+  multiply<T, false, 1>(dk, shared_address(shared.w), shared_address(shared.k));
+  wgmma_commit();
+  wgmma_wait<0>();
+  accumulators_ready(dk);
+  arrive(shared, TILES_FREE, tiles, lane_number());
+}
+
+// The triangles of a value head are added after the first products of the next one: the tensor cores have those to do while
+// the queries' warpgroup makes the triangles.
+template <typename T>
+__device__ __forceinline__ void run_keys(const GradientParameters& p, SharedMemory& shared, int warp) {
+  uint32_t item_count = 0, head_count = 0, block_count = 0;  // so far
   const int group = p.scratch.value_heads / p.heads;
   float dk[64];
   while (true) {
+    const Ring items = ring_at<ITEMS>(item_count), keys = ring_at<1>(item_count);
     wait_full(shared, ITEM_FULL, items);
     const Item& item = shared.items[items.stage];  // read again where needed: registers are short
     if (item.slot < 0) break;
 #pragma unroll
     for (int i = 0; i < 64; ++i) dk[i] = 0.0f;
-    const uint32_t tile_k = shared_address(shared.k);
     float f0 = 1.0f, f1 = 1.0f;
     for (int i = 0; i < group; ++i) {
-      float read[64], written[64];  // dv S^T, R dS^T
-      wait_full(shared, BLOCK_FULL, blocks);
-      multiply_block<T, true>(read, written, shared.blocks[blocks.stage]);
-      arrive(shared, BLOCK_FREE, blocks, thread % 32);
-      blocks.next<STAGES>();
+      float read[64], written[64];
+      multiply_block<T, true>(read, written, shared, ring_at<STAGES>(block_count++));
       for (int b = 1; b < p.scratch.value_blocks; ++b) {
-        wait_full(shared, BLOCK_FULL, blocks);
-        multiply_block<T, false>(read, written, shared.blocks[blocks.stage]);
-        arrive(shared, BLOCK_FREE, blocks, thread % 32);
-        blocks.next<STAGES>();
+        multiply_block<T, false>(read, written, shared, ring_at<STAGES>(block_count++));
       }
+      if (i > 0) add_triangles<T>(dk, shared, ring_at<1>(head_count - 1));
 
+      const Ring heads = ring_at<HEADS>(head_count++);
+      if (i == 0) wait_full(shared, KQ_FULL, keys);
       wait_full(shared, VECTORS_FULL, heads);
+      wait_free(shared, SUMS_FREE, heads);
       const ChunkVectors& vectors = shared.vectors[heads.stage];
-      if (i == 0) {
-        wait_full(shared, KQ_FULL, keys);
-        keys.next<1>();
-        if (thread == 0) {  // the dk of the item before has left
-          stores_wait_read<0>();
-          barrier_arrive(barrier_address(shared, PRODUCTS_FREE, 0));
-        }
-      }
+      add_read_and_written<T>(dk, read, written, shared, vectors, shared.sums[heads.stage], warp);
+      const Lane lane(warp);
       f0 = vectors.key[lane.row];
       f1 = vectors.key[lane.row + 8];
-      const float r0 = -vectors.rise[lane.row], r1 = -vectors.rise[lane.row + 8];
-      const float w0 = vectors.end[lane.row] * vectors.beta[lane.row],
-                  w1 = vectors.end[lane.row + 8] * vectors.beta[lane.row + 8];
-      float read0 = 0.0f, read1 = 0.0f, written0 = 0.0f, written1 = 0.0f;
-#pragma unroll
-      for (int b = 0; b < 8; ++b) {
-        uint32_t x[4];
-        load_matrices(x, tile_k + (b / 4) * TILE + lane.at(lane.warp, b % 4));
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const float2 x0 = unpack<T>(x[2 * h]), x1 = unpack<T>(x[2 * h + 1]);
-          const float* y = read + 8 * b + 4 * h;
-          const float* z = written + 8 * b + 4 * h;
-          float* d = dk + 8 * b + 4 * h;
-          read0 = fmaf(x0.x, y[0], fmaf(x0.y, y[1], read0));
-          read1 = fmaf(x1.x, y[2], fmaf(x1.y, y[3], read1));
-          written0 = fmaf(x0.x, z[0], fmaf(x0.y, z[1], written0));
-          written1 = fmaf(x1.x, z[2], fmaf(x1.y, z[3], written1));
-          d[0] = fmaf(r0, y[0], fmaf(w0, z[0], d[0]));
-          d[1] = fmaf(r0, y[1], fmaf(w0, z[1], d[1]));
-          d[2] = fmaf(r1, y[2], fmaf(w1, z[2], d[2]));
-          d[3] = fmaf(r1, y[3], fmaf(w1, z[3], d[3]));
-        }
+      arrive(shared, VECTORS_FREE, heads, lane_number());
+      arrive(shared, SUMS_FULL, heads, lane_number());
+      if (i == 0 && thread_number() == 0) {  // the dk of the item before has left
+        stores_wait_read<0>();
+        barrier_arrive(barrier_address(shared, PRODUCTS_FREE, 0));
       }
-      arrive(shared, VECTORS_FREE, heads, thread % 32);
-      read0 = sum_row(read0) * (r0 * f0);
-      read1 = sum_row(read1) * (r1 * f1);
-      written0 = sum_row(written0) * (w0 * f0);
-      written1 = sum_row(written1) * (w1 * f1);
-      wait_free(shared, SUMS_FREE, heads);
-      if (lane.column == 0) {
-        Sums& sums = shared.sums[heads.stage];
-        sums.read[1][lane.row] = read0;
-        sums.read[1][lane.row + 8] = read1;
-        sums.written[lane.row] = written0;
-        sums.written[lane.row + 8] = written1;
-      }
-      arrive(shared, SUMS_FULL, heads, thread % 32);
-      heads.next<HEADS>();
-
-      wait_full(shared, TILES_FULL, tiles);
-      wgmma_fence();
-      multiply<T, false, 1>(dk, shared_address(shared.dp), shared_address(shared.q));
-      multiply<T, false, 1>(dk, shared_address(shared.w), tile_k);
-      wgmma_commit();
-      wgmma_wait<0>();
-      accumulators_ready(dk);
-      arrive(shared, TILES_FREE, tiles, thread % 32);
-      tiles.next<1>();
     }
+    add_triangles<T>(dk, shared, ring_at<1>(head_count - 1));
 
     if (p.has_dk != 0) {
-      if (p.l2norm != 0) differentiate_norm<T>(dk, tile_k, f0, f1, lane);
-      // The queries' warpgroup has read its K K^T: its last tiles came after that.
-      store_gradient<T>(p.dk, dk, shared_address(shared.kk), KEYS_, place(p, item), item.head, lane, thread == 0);
+      if (p.l2norm != 0) differentiate_norm<T>(dk, shared_address(shared.k), f0, f1, Lane(warp));
+      // The queries' warpgroup has read its K K^T: the last tiles came after that.
+      store_gradient<T>(p.dk, dk, shared_address(shared.kk), KEYS_, place(p, item), item.head, Lane(warp));
     }
-    arrive(shared, KQ_FREE, Ring{}, thread % 32);
-    arrive(shared, ITEM_FREE, items, thread % 32);
-    items.next<ITEMS>();
+    arrive(shared, KQ_FREE, Ring{}, lane_number());
+    arrive(shared, ITEM_FREE, items, lane_number());
+    ++item_count;
   }
-  if (thread == 0) stores_wait();
+  if (thread_number() == 0) stores_wait();
 }
 
 }  // namespace gradients
@@ -850,10 +538,10 @@ __global__ void __launch_bounds__(gradients::THREADS, 1) gradients_kernel(const 
     }
   } else if (warpgroup == 1) {
     more_registers<CONSUMER_REGISTERS>();
-    run_queries<T>(p, shared, static_cast<int>(threadIdx.x) - 128);
+    run_queries<T>(p, shared, warp);
   } else {
     more_registers<CONSUMER_REGISTERS>();
-    run_keys<T>(p, shared, static_cast<int>(threadIdx.x) - 256);
+    run_keys<T>(p, shared, warp);
   }
 }
 

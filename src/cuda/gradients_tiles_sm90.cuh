@@ -1,0 +1,329 @@
+// What the kernel of gradients_sm90.cuh has in shared memory, and what its two warpgroups do with tiles: products, the
+// triangles dP and X of a chunk with all that follows from them, the end of dq and dk.
+#pragma once
+
+#include "cuda/block_sm90.cuh"
+
+namespace flashdelta::cuda::gradients {
+
+constexpr int THREADS = 384;
+constexpr int STAGES = 2, HEADS = 2, ITEMS = 2;  // of the rings
+// Registers per thread. Together at most 504: what 384 threads are launched with.
+constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+static_assert(PRODUCER_REGISTERS + 2 * CONSUMER_REGISTERS <= 504);
+
+struct Item {
+  int slot;  // -1: no more
+  int head;  // key head
+  int64_t batch;
+  ChunkPlace place;
+};
+
+// Barriers, each with its phase bit per stage. Who arrives -> who waits:
+enum Barrier {
+  ITEM_FULL,      // loads -> all other warps
+  ITEM_FREE,      // all other warps -> loads
+  KQ_FULL,        // copy engine -> queries, keys
+  KQ_FREE,        // queries, keys -> loads
+  BLOCK_FULL,     // copy engine -> queries, keys, states
+  BLOCK_FREE,     // queries, keys, states -> loads
+  VECTORS_FULL,   // copy engine -> queries, keys, gates
+  VECTORS_FREE,   // queries, keys, gates -> loads
+  TILES_FULL,     // queries -> keys
+  TILES_FREE,     // keys -> queries
+  SUMS_FULL,      // queries, keys, states -> gates
+  SUMS_FREE,      // gates -> queries, keys, states
+  PRODUCTS_FREE,  // keys -> queries: their dk has left the space of K K^T
+  BARRIERS
+};
+
+// Named barriers.
+constexpr int QUERIES = 1, KEYS_ = 2;
+
+// What 64 values of a chunk bring.
+struct Block {
+  uint8_t do_[TILE], dv[TILE], r[TILE];   // tokens x values
+  uint8_t s[STATE_TILE], ds[STATE_TILE];  // values x keys
+};
+constexpr int BLOCK_BYTES = sizeof(Block);
+
+// What a value head's tokens give to dg and dbeta.
+struct Sums {
+  float read[2][CHUNK];       // terms of a_i from rows: of queries, of keys
+  float column[2][4][CHUNK];  // sums over rows 16 w.. of dP .* Q K^T below the diagonal, and of X .* K K^T
+  float written[CHUNK];       // w_j
+  float own[CHUNK];           // <dv_i, R_i>
+  float overlap[CHUNK];       // sum over j of (k_i.k_j)^2, j = i left out
+  float state[2];             // <dS, S>: even and odd pieces of the tiles
+  float padding[2];
+};
+
+struct alignas(1024) SharedMemory {
+  uint8_t k[CHUNK * KEYS * 2];  // two halves of 64 columns
+  uint8_t q[CHUNK * KEYS * 2];
+  Block blocks[STAGES];
+  // K K^T and Q K^T of the item with their l2 norms, each thread's accumulators by themselves; then dk and dq.
+  float4 kk[8][128], qk[8][128];
+  uint8_t w[TILE];   // E |k_j|^-1 below the diagonal, its mirror image with |k_i|^-1 above
+  uint8_t dp[TILE];  // dP^T |q_i|^-1
+  ChunkVectors vectors[HEADS];
+  Sums sums[HEADS];
+  Item items[ITEMS];
+  uint64_t barriers[BARRIERS][MAX_STAGES];
+};
+static_assert(sizeof(SharedMemory) <= 227 * 1024);
+static_assert(sizeof(ChunkVectors) % 16 == 0);
+
+// --- for a warpgroup
+
+// d += a b^T, 64 deep; with FIRST d = a b^T. Rows of `a` are tokens, the depth runs along them; so it does in `b`, whose
+// rows are N, or else (TRANSPOSED_B) its rows are the depth and N runs along them, in tiles of 64.
+template <typename T, bool FIRST, int TRANSPOSED_B, int COUNT>
+__device__ __forceinline__ void multiply(float (&d)[COUNT], uint32_t a, uint32_t b) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const uint64_t x = matrix_descriptor(a + k * 32, 16);
+    const uint64_t y = TRANSPOSED_B ? matrix_descriptor(b + k * 2048, TILE) : matrix_descriptor(b + k * 32, 16);
+    if (FIRST && k == 0) {
+      wgmma<T, true, 0, TRANSPOSED_B>(d, x, y);
+    } else {
+      wgmma<T, false, 0, TRANSPOSED_B>(d, x, y);
+    }
+  }
+}
+
+// The thread's number in its warpgroup, and in its warp.
+__device__ __forceinline__ int thread_number() { return static_cast<int>(threadIdx.x) % 128; }
+__device__ __forceinline__ int lane_number() { return static_cast<int>(threadIdx.x) % 32; }
+
+// A thread's place in the accumulators of its warpgroup: rows `row` and `row` + 8, columns `column` and the next of each 8.
+// Made where it is used, so that nothing that follows from it takes registers all the time.
+struct Lane {
+  int warp, lane, row, column;
+  __device__ explicit Lane(int warp_)
+      : warp(warp_), lane(opaque(lane_number())), row(16 * warp + (lane >> 2)), column(2 * (lane & 3)) {}
+  // Where in a tile the lane's row of block (i, j) of 16 x 16 elements is, to load or store matrices; or to do so
+  // transposing.
+  __device__ uint32_t at(int i, int j) const { return offset((lane & 7) + 8 * ((lane >> 3) & 1), lane >> 4, i, j); }
+  __device__ uint32_t at_transposed(int i, int j) const {
+    return offset((lane & 7) + 8 * (lane >> 4), (lane >> 3) & 1, i, j);
+  }
+
+ private:
+  // swizzled(16 * i + row_, 2 * j + half), with little that depends on i and j.
+  __device__ static uint32_t offset(int row_, int half, int i, int j) {
+    return (swizzled(row_, half) ^ static_cast<uint32_t>(j << 5)) + static_cast<uint32_t>(i * 2048);
+  }
+};
+
+// Sum over the four lanes that share a row.
+__device__ __forceinline__ float sum_row(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// l2 norm's gradient for rows y = f x of the tile with x: dx = f (dy - y <y, dy>).
+template <typename T>
+__device__ __forceinline__ void differentiate_norm(float (&d)[64], uint32_t tile, float f0, float f1, const Lane& lane) {
+  float dot0 = 0.0f, dot1 = 0.0f;
+#pragma unroll
+  for (int b = 0; b < 8; ++b) {
+    uint32_t x[4];
+    load_matrices(x, tile + (b / 4) * TILE + lane.at(lane.warp, b % 4));
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float2 x0 = unpack<T>(x[2 * h]), x1 = unpack<T>(x[2 * h + 1]);
+      const float* y = d + 8 * b + 4 * h;
+      dot0 = fmaf(x0.x, y[0], fmaf(x0.y, y[1], dot0));
+      dot1 = fmaf(x1.x, y[2], fmaf(x1.y, y[3], dot1));
+    }
+  }
+  dot0 = sum_row(dot0) * f0 * f0;
+  dot1 = sum_row(dot1) * f1 * f1;
+#pragma unroll
+  for (int b = 0; b < 8; ++b) {
+    uint32_t x[4];
+    load_matrices(x, tile + (b / 4) * TILE + lane.at(lane.warp, b % 4));
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float2 x0 = unpack<T>(x[2 * h]), x1 = unpack<T>(x[2 * h + 1]);
+      float* y = d + 8 * b + 4 * h;
+      y[0] = f0 * (y[0] - x0.x * dot0);
+      y[1] = f0 * (y[1] - x0.y * dot0);
+      y[2] = f1 * (y[2] - x1.x * dot1);
+      y[3] = f1 * (y[3] - x1.y * dot1);
+    }
+  }
+}
+
+// Rounds a gradient of 64 tokens x 128 keys and stores it from `space`, which is free. The store still reads when this
+// returns.
+template <typename T>
+__device__ __forceinline__ void store_gradient(const CUtensorMap& map, const float (&d)[64], uint32_t space, int barrier,
+                                               const Place& to, int head, const Lane& lane) {
+#pragma unroll
+  for (int b = 0; b < 8; ++b) {
+    const float* x = d + 8 * b;
+    store_matrices(space + (b / 4) * TILE + lane.at(lane.warp, b % 4), pack<T>(x[0], x[1]), pack<T>(x[2], x[3]),
+                   pack<T>(x[4], x[5]), pack<T>(x[6], x[7]));
+  }
+  fence_async_shared();
+  named_barrier(barrier, 128);
+  if (thread_number() == 0) {
+    tensor_store(&map, space, 0, to.token, head, to.third, to.fourth);
+    tensor_store(&map, space + TILE, 64, to.token, head, to.third, to.fourth);
+    stores_commit();
+  }
+}
+
+// --- the triangles
+
+// Q K^T and K K^T of an item below the diagonal, times the l2 norms of both sides. Returns its rows' Sums::overlap.
+template <typename T>
+__device__ __forceinline__ float2 make_products(SharedMemory& shared, const ChunkVectors& vectors, int warp) {
+  const uint32_t k = shared_address(shared.k), q = shared_address(shared.q);
+  float qk[32], kk[32];
+  wgmma_fence();
+  multiply<T, true, 0>(qk, q, k);
+  multiply<T, false, 0>(qk, q + TILE, k + TILE);
+  multiply<T, true, 0>(kk, k, k);
+  multiply<T, false, 0>(kk, k + TILE, k + TILE);
+  wgmma_commit();
+  wgmma_wait<0>();
+  accumulators_ready(qk);
+  accumulators_ready(kk);
+  const Lane lane(warp);
+  const float query[2] = {vectors.query[lane.row], vectors.query[lane.row + 8]};
+  const float key[2] = {vectors.key[lane.row], vectors.key[lane.row + 8]};
+  float overlap[2] = {0.0f, 0.0f};
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+    const float2 c = *reinterpret_cast<const float2*>(&vectors.key[8 * n + lane.column]);
+    float x[4], y[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int right = 8 * n + lane.column + (i & 1) - lane.row - 8 * (i / 2);  // of the diagonal
+      const float key_j = (i & 1) == 0 ? c.x : c.y;
+      x[i] = right < 0 ? qk[4 * n + i] * (query[i / 2] * key_j) : 0.0f;
+      y[i] = right != 0 ? kk[4 * n + i] * (key[i / 2] * key_j) : 0.0f;
+      overlap[i / 2] = fmaf(y[i], y[i], overlap[i / 2]);
+      y[i] = right < 0 ? y[i] : 0.0f;
+    }
+    shared.qk[n][thread_number()] = make_float4(x[0], x[1], x[2], x[3]);
+    shared.kk[n][thread_number()] = make_float4(y[0], y[1], y[2], y[3]);
+  }
+  return make_float2(sum_row(overlap[0]), sum_row(overlap[1]));
+}
+
+// Sums over the warp's 16 rows of four columns of dP .* Q K^T and of X .* K K^T: v[2 n + e] and v[4 + 2 n + e] for column
+// 8 n + `column` + e. Of the eight sums each lane returns one: the halves of what lanes hold are exchanged three times.
+__device__ __forceinline__ float sum_columns(const float (&v)[8], int lane) {
+  const bool second = (lane & 16) != 0, right = (lane & 8) != 0, odd = (lane & 4) != 0;
+  float x[4], y[2];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    x[i] = (second ? v[4 + i] : v[i]) + __shfl_xor_sync(~0u, second ? v[i] : v[4 + i], 16);
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) y[i] = (right ? x[2 + i] : x[i]) + __shfl_xor_sync(~0u, right ? x[i] : x[2 + i], 8);
+  return (odd ? y[1] : y[0]) + __shfl_xor_sync(~0u, odd ? y[0] : y[1], 4);
+}
+
+// A block of 16 columns of the triangles; DIAGONAL: of the warp's own rows. See make_triangles.
+template <typename T, bool DIAGONAL>
+__device__ __forceinline__ void make_triangles_block(uint32_t* a, uint32_t (&dp_row)[4], float (&sum)[2], const float* dr,
+                                                     const float* xr, SharedMemory& shared, const ChunkVectors& vectors,
+                                                     Sums& sums, float scale, int b, int warp) {
+  const Lane lane(warp);
+  const int row = lane.row;
+  const float g[2] = {vectors.gam[row], vectors.gam[row + 8]};
+  const float query[2] = {vectors.query[row], vectors.query[row + 8]};
+  const float key[2] = {vectors.key[row], vectors.key[row + 8]};
+  uint32_t e_row[4], e_column[4];  // E |k_i|^-1, E |k_j|^-1
+  float columns[8];
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    const int j = 16 * b + 8 * n + lane.column;
+    const float2 gam_ = *reinterpret_cast<const float2*>(&vectors.gam[j]);
+    const float2 beta_ = *reinterpret_cast<const float2*>(&vectors.beta[j]);
+    const float2 key_ = *reinterpret_cast<const float2*>(&vectors.key[j]);
+    const float4 qk_ = shared.qk[2 * b + n][thread_number()], kk_ = shared.kk[2 * b + n][thread_number()];
+    const float gam[2] = {gam_.x, gam_.y}, beta[2] = {beta_.x, beta_.y}, key_j[2] = {key_.x, key_.y};
+    const float qk[4] = {qk_.x, qk_.y, qk_.z, qk_.w}, kk[4] = {kk_.x, kk_.y, kk_.z, kk_.w};
+    float dp_k[4], dp_q[4], e_i[4], e_j[4], m[4], z[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int c = i & 1, r = i / 2, right = j + c - row - 8 * r;  // of the diagonal
+      const float decay = exp2_fast(g[r] - gam[c]);
+      const float dp = dr[4 * n + i] * (DIAGONAL && right > 0 ? 0.0f : decay) * (scale * beta[c]);
+      const float x = xr[4 * n + i] * (DIAGONAL && right >= 0 ? 0.0f : decay);
+      const float e = -(x * beta[c]);
+      m[i] = dp * qk[i];
+      z[i] = x * kk[i];
+      sum[r] = fmaf(-beta[c], z[i], sum[r] + m[i]);
+      dp_k[i] = dp * key_j[c];
+      dp_q[i] = dp * query[r];
+      e_i[i] = e * key[r];
+      e_j[i] = e * key_j[c];
+    }
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      columns[2 * n + c] = m[c] + m[2 + c];
+      columns[4 + 2 * n + c] = z[c] + z[2 + c];
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      a[2 * n + r] = pack<T>(dp_k[2 * r], dp_k[2 * r + 1]);
+      dp_row[2 * n + r] = pack<T>(dp_q[2 * r], dp_q[2 * r + 1]);
+      e_row[2 * n + r] = pack<T>(e_i[2 * r], e_i[2 * r + 1]);
+      e_column[2 * n + r] = pack<T>(e_j[2 * r], e_j[2 * r + 1]);
+    }
+  }
+  const float column = sum_columns(columns, lane.lane);
+  sums.column[lane.lane >> 4][warp][16 * b + (lane.lane & 8) + lane.column + ((lane.lane >> 2) & 1)] = column;
+  const uint32_t w = shared_address(shared.w);
+  if constexpr (DIAGONAL) {
+    if (lane.column == (row & 6)) {  // the thread has the diagonal of both its rows
+      sums.own[row] = (row & 1) == 0 ? xr[0] : xr[1];
+      sums.own[row + 8] = (row & 1) == 0 ? xr[6] : xr[7];
+    }
+    // Both halves of the diagonal block: E below, its mirror image (through memory) above.
+    uint32_t mirrored[4];
+    store_matrices(w + lane.at(b, b), e_row[0], e_row[1], e_row[2], e_row[3]);
+    __syncwarp();
+    load_matrices_transposed(mirrored, w + lane.at_transposed(b, b));
+    __syncwarp();
+    const int right = lane.column - (row & 7);
+    const uint32_t below = (right < 0 ? 0xffffu : 0u) | (right < -1 ? 0xffff0000u : 0u);
+    e_column[0] = (e_column[0] & below) | (mirrored[0] & ~below);
+    e_column[2] = mirrored[2];
+    e_column[3] = (e_column[3] & below) | (mirrored[3] & ~below);
+  } else {
+    store_matrices_transposed(w + lane.at_transposed(b, warp), e_row[0], e_row[1], e_row[2], e_row[3]);
+  }
+  store_matrices(w + lane.at(warp, b), e_column[0], e_column[1], e_column[2], e_column[3]);
+}
+
+// dP, X and E from do R^T and dv R^T. Leaves dP |k_j|^-1 as operand `a`, the tiles W and dP^T, sums over columns; adds up
+// the thread's part of its rows of dP .* Q K^T + E .* K K^T, the diagonal left out (there it cancels).
+template <typename T>
+__device__ __forceinline__ void make_triangles(uint32_t (&a)[16], float (&sum)[2], const float (&dr)[32],
+                                               const float (&xr)[32], SharedMemory& shared, const ChunkVectors& vectors,
+                                               Sums& sums, float scale, int warp) {
+#pragma unroll
+  for (int b = 0; b < 4; ++b) {
+    uint32_t dp_row[4] = {};  // dP |q_i|^-1
+    if (b < warp) {
+      make_triangles_block<T, false>(a + 4 * b, dp_row, sum, dr + 8 * b, xr + 8 * b, shared, vectors, sums, scale, b, warp);
+    } else if (b == warp) {
+      make_triangles_block<T, true>(a + 4 * b, dp_row, sum, dr + 8 * b, xr + 8 * b, shared, vectors, sums, scale, b, warp);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[4 * b + i] = 0;
+    }
+    store_matrices_transposed(shared_address(shared.dp) + Lane(warp).at_transposed(b, warp), dp_row[0], dp_row[1], dp_row[2],
+                              dp_row[3]);
+  }
+}
+
+}  // namespace flashdelta::cuda::gradients
