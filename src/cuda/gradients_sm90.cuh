@@ -2,9 +2,9 @@
 // persistent block takes work items (chunk, key head) and walks the value heads of the key head; dq and dk stay in registers
 // over them. See docs/kernels.md.
 //
-//   warpgroup 0, warp 0        loads     items, all tiles
-//                warp 1        gates     sums of all roles -> dg, dbeta
-//                warps 2, 3    states    <dS, S>
+//   warpgroup 0, warps 0, 1    states    <dS, S>; these warps share their schedulers with the shortest rows of triangles
+//                warp 2        gates     sums of all roles -> dg, dbeta
+//                warp 3        loads     items, all tiles
 //   warpgroup 1                queries   dq; the triangles dP and X
 //   warpgroup 2                keys      dk
 //
@@ -329,7 +329,7 @@ __device__ __forceinline__ void run_queries(const GradientParameters& p, SharedM
           stores_wait_read<0>();
           wait_full(shared, PRODUCTS_FREE, keys);
         }
-        named_barrier(QUERIES, 128);
+        named_barrier(QUERIES_BARRIER, 128);
         overlap = make_products<T>(shared, vectors, warp);
       }
 
@@ -368,8 +368,8 @@ __device__ __forceinline__ void run_queries(const GradientParameters& p, SharedM
 
     if (p.has_dq != 0) {
       if (p.l2norm != 0) differentiate_norm<T>(dq, shared_address(shared.q), f0, f1, Lane(warp));
-      named_barrier(QUERIES, 128);  // all have read their Q K^T
-      store_gradient<T>(p.dq, dq, shared_address(shared.qk), QUERIES, place(p, item), item.head, Lane(warp));
+      named_barrier(QUERIES_BARRIER, 128);  // all have read their Q K^T
+      store_gradient<T>(p.dq, dq, shared_address(shared.qk), QUERIES_BARRIER, place(p, item), item.head, Lane(warp));
     }
     arrive(shared, KQ_FREE, Ring{}, lane_number());
     arrive(shared, ITEM_FREE, items, lane_number());
@@ -494,7 +494,7 @@ __device__ __forceinline__ void run_keys(const GradientParameters& p, SharedMemo
     if (p.has_dk != 0) {
       if (p.l2norm != 0) differentiate_norm<T>(dk, shared_address(shared.k), f0, f1, Lane(warp));
       // The queries' warpgroup has read its K K^T: the last tiles came after that.
-      store_gradient<T>(p.dk, dk, shared_address(shared.kk), KEYS_, place(p, item), item.head, Lane(warp));
+      store_gradient<T>(p.dk, dk, shared_address(shared.kk), KEYS_BARRIER, place(p, item), item.head, Lane(warp));
     }
     arrive(shared, KQ_FREE, Ring{}, lane_number());
     arrive(shared, ITEM_FREE, items, lane_number());
@@ -514,7 +514,9 @@ __global__ void __launch_bounds__(gradients::THREADS, 1) gradients_kernel(const 
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 % 4, 0), lane = static_cast<int>(threadIdx.x) % 32;
 
   if (threadIdx.x == 0) {
-    const int arrivals[BARRIERS] = {1, 11, 1, 8, 1, 10, 1, 9, 4, 4, 10, 1, 1};
+    constexpr int queries = 4, keys = 4, both = queries + keys, states = 2, gates = 1;  // warps
+    const int arrivals[BARRIERS] = {1,    both + states + gates, 1,     both, 1, both + states, 1, both + gates, queries,
+                                    keys, both + states,         gates, 1};
     init_barriers(shared, arrivals);
   }
   if (p.has_do == 0) {
@@ -529,12 +531,12 @@ __global__ void __launch_bounds__(gradients::THREADS, 1) gradients_kernel(const 
 
   if (warpgroup == 0) {
     fewer_registers<PRODUCER_REGISTERS>();
-    if (warp == 0) {
-      if (lane == 0) load(p, shared);
-    } else if (warp == 1) {
+    if (warp < 2) {
+      sum_states<T>(p, shared, warp, lane);
+    } else if (warp == 2) {
       write_gates(p, shared, lane);
-    } else {
-      sum_states<T>(p, shared, warp - 2, lane);
+    } else if (lane == 0) {
+      load(p, shared);
     }
   } else if (warpgroup == 1) {
     more_registers<CONSUMER_REGISTERS>();

@@ -37,8 +37,7 @@ enum Barrier {
   BARRIERS
 };
 
-// Named barriers.
-constexpr int QUERIES = 1, KEYS_ = 2;
+constexpr int QUERIES_BARRIER = 1, KEYS_BARRIER = 2;  // named ones
 
 // What 64 values of a chunk bring.
 struct Block {
