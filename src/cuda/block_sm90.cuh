@@ -2,6 +2,8 @@
 // registers of a warpgroup. A block's shared memory has `uint64_t barriers[BARRIERS][stages]`, MAX_STAGES of them or more.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/inputs.cuh"
 #include "cuda/ptx_sm90.cuh"
 #include "cuda/tiling_sm90.hpp"
@@ -50,7 +52,7 @@ __device__ __forceinline__ void arrive(Shared& shared, int barrier, const Ring& 
 // By one thread, before any other touches a barrier; all threads meet afterwards.
 template <typename Shared, int BARRIERS>
 __device__ __forceinline__ void init_barriers(Shared& shared, const int (&arrivals)[BARRIERS]) {
-  constexpr int STAGES = sizeof(shared.barriers[0]) / sizeof(shared.barriers[0][0]);
+  constexpr int STAGES = std::extent_v<decltype(Shared::barriers), 1>;
   for (int b = 0; b < BARRIERS; ++b) {
     for (int i = 0; i < STAGES; ++i) barrier_init(barrier_address(shared, b, i), arrivals[b]);
   }

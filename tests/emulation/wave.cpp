@@ -47,11 +47,11 @@ Wave::Wave(const Case& c)
   for (std::int64_t n = 0; n < c.N(); ++n) {
     const std::int64_t length = c.lengths[static_cast<std::size_t>(n)];
     first_slot.push_back(static_cast<int>(position / C + n));
-    for (int chunk = 0; chunk * C < length; ++chunk) {
-      const std::int64_t begin = (c.packed ? position : 0) + chunk * C;
+    for (std::int64_t done = 0; done < length; done += C) {
+      const std::int64_t chunk = done / C, begin = (c.packed ? position : 0) + done;
       chunks.at(static_cast<std::size_t>(first_slot.back() + chunk)) = {
-          static_cast<int>(n), chunk, static_cast<int>(begin),
-          static_cast<int>(std::min<std::int64_t>(C, length - chunk * C))};
+          static_cast<int>(n), static_cast<int>(chunk), static_cast<int>(begin),
+          static_cast<int>(std::min<std::int64_t>(C, length - done))};
     }
     position += length;
   }
