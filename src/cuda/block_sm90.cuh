@@ -60,6 +60,13 @@ __device__ __forceinline__ void init_barriers(Shared& shared, const int (&arriva
   fence_async_shared();
 }
 
+// Sum over a warp's lanes, for each of them.
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+  return x;
+}
+
 // Byte offset of 16-byte block `block` of row `row` in a tile with rows of 128 bytes, swizzled by 128 bytes.
 __device__ __forceinline__ uint32_t swizzled(int row, int block) {
   return static_cast<uint32_t>(row * 128 + ((block ^ (row & 7)) << 4));
