@@ -24,8 +24,7 @@
 namespace flashdelta::stress {
 namespace {
 
-constexpr double PATIENCE = 30;       // seconds
-constexpr std::uint64_t SAMPLE = 16;  // one batch in so many is smaller and compared with the host
+constexpr double PATIENCE = 30;  // seconds
 
 struct Options {
   std::string device = "cuda";
@@ -64,6 +63,7 @@ class Stress {
         options_(options),
         on_gpu_(machine.device() == FD_CUDA),
         work_(on_gpu_ ? 1 << 20 : 4000),
+        sample_(on_gpu_ ? 64 : 16),
         arena_(machine, std::size_t{on_gpu_ ? 24U : 1U} << 30),
         noise_(machine) {}
 
@@ -95,8 +95,8 @@ class Stress {
  private:
   void run_batch(const std::string& name, Operation operation) {
     operation_ = name;
-    const bool sampled = index_ % SAMPLE == 0;
-    const Batch batch = draw(operation, options_.seed, index_, sampled && on_gpu_ ? work_ / 16 : work_, machine_.device());
+    const bool sampled = index_ % sample_ == 0;
+    const Batch batch = draw(operation, options_.seed, index_, sampled && on_gpu_ ? work_ / 32 : work_, machine_.device());
     description_ = batch.describe();
     fd_backend backend;
     const fd_problem& p = batch.problem;
@@ -261,7 +261,8 @@ class Stress {
   Machine& machine_;
   const Options& options_;
   bool on_gpu_;
-  std::int64_t work_;  // tokens times value heads of a batch, at most
+  std::int64_t work_;     // tokens times value heads of a batch, at most
+  std::uint64_t sample_;  // one batch in so many is compared with the host; on a GPU it is a smaller one
   Arena arena_;
   Noise noise_;
   std::uint64_t index_ = 0, alone_ = 0, compared_ = 0;
