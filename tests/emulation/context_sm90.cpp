@@ -15,6 +15,8 @@ namespace flashdelta::cuda {
 using std::max;
 using std::min;
 }  // namespace flashdelta::cuda
+#include "cuda/context_fold_sm90.cu"
+#include "cuda/context_plan_sm90.cu"
 #include "cuda/context_sm90.cu"
 
 namespace flashdelta::emulation {

@@ -1,0 +1,214 @@
+// Context parallelism: which chunks of a run decide its last state, and the first states of all runs.
+#include "cuda/block_sm90.cuh"
+#include "cuda/context_kernels_sm90.hpp"
+#include "cuda/device.hpp"
+#include "cuda/ptx.cuh"
+
+namespace flashdelta::cuda {
+namespace {
+
+// --- windows: a block for each (run of the pre-pass, value head)
+
+constexpr int WINDOW_WARPS = 8, WINDOW_THREADS = 32 * WINDOW_WARPS;
+
+struct WindowMemory {
+  float factor[WINDOW_WARPS];
+};
+
+// Log2 of the most by which tokens `first` and `first` + 32 of the chunk and those of the warp's other lanes lengthen a
+// state: e^g max(1, |1 - beta |k|^2|) each, docs/math.md. Rounded up.
+template <typename T>
+__device__ float chunk_factor(const WindowParameters& p, const TokenRange& range, int value_head, int64_t first) {
+  constexpr float LOG2E = 1.44269504088896341f, ROUNDING = 1e-5f;
+  const int head = value_head / (p.value_heads / p.heads);
+  float sum = 0, size = 0;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int64_t token = first + 32 * i;
+    const auto* row =
+        reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(p.k.data) + p.k.at(range.batch, token, head));
+    float square = 0;
+#pragma unroll
+    for (int j = 0; j < KEYS / 8; ++j) {
+      const uint4 x = row[j];
+      const uint32_t word[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float2 y = unpack<T>(word[e]);
+        square = fmaf(y.x, y.x, fmaf(y.y, y.y, square));
+      }
+    }
+    if (p.l2norm != 0) square /= square + p.l2norm_eps;
+    const float growth = log2f(fmaxf(1.0f, fabsf(1.0f - p.gates.write_strength(range.batch, token, value_head) * square)));
+    const float decay = fmaxf(p.gates.log_decay(range.batch, token, value_head) * LOG2E, -1e4f);
+    sum += growth + decay;
+    size += growth + fabsf(decay);
+  }
+  return warp_sum(sum) + ROUNDING * (1.0f + warp_sum(size));
+}
+
+}  // namespace
+
+template <typename T>
+__global__ void __launch_bounds__(WINDOW_THREADS) windows_kernel(const __grid_constant__ WindowParameters p) {
+  extern __shared__ __align__(1024) uint8_t raw[];
+  auto& shared = *reinterpret_cast<WindowMemory*>(raw);
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
+  wait_for_earlier_kernels();
+  const int index = static_cast<int>(blockIdx.x) / p.value_heads, value_head = static_cast<int>(blockIdx.x) % p.value_heads;
+  if (index >= p.plan->pre_runs) return;
+  const Run run = p.runs[index];
+  const TokenRange range = p.sequences[run.sequence];
+  const int64_t begin = range.begin + static_cast<int64_t>(run.first_chunk) * CHUNK;
+
+  int found = -1;
+  float factor = 0;  // log2, of the chunks from here to the last
+  for (int last = run.chunks - 1; last >= 0 && found < 0 && p.log_bound > -INFINITY; last -= WINDOW_WARPS) {
+    const int mine = last - warp;
+    const float x = mine < 0 ? 0.0f : chunk_factor<T>(p, range, value_head, begin + mine * CHUNK + lane);
+    __syncthreads();  // the factors of before are read
+    if (lane == 0) shared.factor[warp] = x;
+    __syncthreads();
+    for (int i = 0; i < WINDOW_WARPS && i <= last && found < 0; ++i) {
+      factor += shared.factor[i];
+      if (factor <= p.log_bound) found = last - i;
+    }
+    // A head that decays as little as it has so far will not get there: its other keys are not read.
+    const int seen = run.chunks - max(last - WINDOW_WARPS + 1, 0);
+    if (!(factor * static_cast<float>(run.chunks) <= p.log_bound * static_cast<float>(seen))) break;
+  }
+
+  if (thread == 0) p.windows[index * p.value_heads + value_head] = found;
+  for (int c = thread; c < run.chunks; c += WINDOW_THREADS) {
+    p.needed[static_cast<int64_t>(run.slot + c) * p.value_heads + value_head] = c >= found ? 1 : 0;
+    if (value_head == 0) {
+      p.chunks[run.slot + c] = {run.sequence, run.first_chunk + c, static_cast<int>(begin) + c * CHUNK, CHUNK};
+    }
+  }
+  allow_later_kernels();
+}
+
+namespace {
+
+// --- fold: a block for 8 values of each (cut sequence, value head)
+
+constexpr int FOLD_ROWS = 8, FOLD_WARPS = 8, FOLD_THREADS = 32 * FOLD_WARPS;
+
+struct FoldMemory {
+  alignas(128) float transitions[2][KEYS][KEYS];
+  float state[FOLD_ROWS][KEYS];
+  float parts[FOLD_WARPS][FOLD_ROWS][KEYS];  // a warp's share of a product's sums
+  int exact[MOST_RUNS];                      // whether a run has a transition
+  uint64_t barriers[1][2];                   // transitions: copy engine -> all
+};
+
+// a + s x
+__device__ __forceinline__ float4 plus(const float4& a, float s, const float4& x) {
+  return make_float4(fmaf(s, x.x, a.x), fmaf(s, x.y, a.y), fmaf(s, x.z, a.z), fmaf(s, x.w, a.w));
+}
+
+}  // namespace
+
+// Run after run of the chain: state before run i + 1 = (state before run i) M_i + B_i, in fp32. A warp has 16 keys of the
+// sums; then a thread adds the warps' shares of four keys of a row. Transitions are loaded while those before are used.
+__global__ void __launch_bounds__(FOLD_THREADS) fold_kernel(const __grid_constant__ FoldParameters p) {
+  extern __shared__ __align__(1024) uint8_t raw[];
+  auto& shared = *reinterpret_cast<FoldMemory*>(raw);
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
+  wait_for_earlier_kernels();
+  const int groups = p.values / FOLD_ROWS, per_chain = p.value_heads * groups;
+  const int index = static_cast<int>(blockIdx.x) / per_chain, rest = static_cast<int>(blockIdx.x) % per_chain;
+  if (index >= p.plan->chains) return;
+  const Chain chain = p.chains[index];
+  const int value_head = rest / groups, value = rest % groups * FOLD_ROWS + warp, key = 4 * lane;  // the thread's row, keys
+
+  const auto outcome_of = [&](int run) { return static_cast<int64_t>(chain.pre_run + run) * p.value_heads + value_head; };
+  const auto rows_of = [&](int run) { return p.outcomes + outcome_of(run) * (p.values + KEYS) * KEYS; };
+
+  // The first run started from the initial state, and one with a window has no transition.
+  if (thread < chain.runs) {
+    shared.exact[thread] = thread > 0 && thread + 1 < chain.runs && p.windows[outcome_of(thread)] < 0 ? 1 : 0;
+  }
+  if (thread == 0) init_barriers(shared, {1});
+  __syncthreads();
+  Ring ring, ahead;
+  int coming = 0;  // run whose transition may be loaded next, if it has one
+  const auto load_transition = [&] {
+    while (coming < chain.runs && shared.exact[coming] == 0) ++coming;
+    if (coming == chain.runs) return;
+    const uint32_t full = barrier_address(shared, 0, ahead.stage);
+    barrier_arrive_expect(full, sizeof(shared.transitions[0]));
+    bulk_load(shared_address(shared.transitions[ahead.stage]), rows_of(coming) + static_cast<int64_t>(p.values) * KEYS,
+              sizeof(shared.transitions[0]), full);
+    ahead.next<2>();
+    ++coming;
+  };
+  if (thread == 0) {
+    load_transition();
+    load_transition();
+  }
+
+  float4 state = make_float4(0, 0, 0, 0);
+  if (const int64_t row = p.initial.row(chain.sequence, 0); row >= 0) {
+    const StateLayout at = state_layout(p.initial, p.state_v_first != 0, row, value_head);
+    const int64_t first = at.base + value * at.value + key * at.key;
+    state = make_float4(p.initial.states[first], p.initial.states[first + at.key], p.initial.states[first + 2 * at.key],
+                        p.initial.states[first + 3 * at.key]);
+  }
+  for (int i = 0;; ++i) {
+    const int64_t start = (static_cast<int64_t>(chain.start + i) * p.value_heads + value_head) * p.values + value;
+    *reinterpret_cast<float4*>(p.starts + start * KEYS + key) = state;
+    if (i + 1 == chain.runs) break;
+    const float4 b = *reinterpret_cast<const float4*>(rows_of(i) + value * KEYS + key);
+    if (shared.exact[i] == 0) {
+      state = b;
+      continue;
+    }
+    *reinterpret_cast<float4*>(&shared.state[warp][key]) = state;
+    __syncthreads();
+    wait_full(shared, 0, ring);
+    const auto& transition = shared.transitions[ring.stage];
+    float4 sum[FOLD_ROWS] = {};
+#pragma unroll
+    for (int j = 4 * warp; j < KEYS; j += 4 * FOLD_WARPS) {
+      float4 m[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) m[e] = *reinterpret_cast<const float4*>(&transition[j + e][key]);
+#pragma unroll
+      for (int row = 0; row < FOLD_ROWS; ++row) {
+        const float4 s = *reinterpret_cast<const float4*>(&shared.state[row][j]);
+        sum[row] = plus(plus(plus(plus(sum[row], s.x, m[0]), s.y, m[1]), s.z, m[2]), s.w, m[3]);
+      }
+    }
+#pragma unroll
+    for (int row = 0; row < FOLD_ROWS; ++row) *reinterpret_cast<float4*>(&shared.parts[warp][row][key]) = sum[row];
+    __syncthreads();
+    if (thread == 0) load_transition();
+    ring.next<2>();
+    state = b;
+#pragma unroll
+    for (int w = 0; w < FOLD_WARPS; ++w) {
+      state = plus(state, 1.0f, *reinterpret_cast<const float4*>(&shared.parts[w][warp][key]));
+    }
+  }
+  allow_later_kernels();
+}
+
+fd_status launch_windows(const WindowParameters& p, bool bfloat16, int64_t pre_runs, void* stream) {
+  const Launch config{.name = "windows_kernel",
+                      .grid = dim3(static_cast<unsigned>(pre_runs * p.value_heads)),
+                      .block = dim3(WINDOW_THREADS),
+                      .shared = sizeof(WindowMemory)};
+  return bfloat16 ? launch(windows_kernel<__nv_bfloat16>, config, p, stream)
+                  : launch(windows_kernel<__half>, config, p, stream);
+}
+
+fd_status launch_fold(const FoldParameters& p, int64_t chains, void* stream) {
+  const Launch config{.name = "fold_kernel",
+                      .grid = dim3(static_cast<unsigned>(chains * p.value_heads * (p.values / FOLD_ROWS))),
+                      .block = dim3(FOLD_THREADS),
+                      .shared = sizeof(FoldMemory)};
+  return launch(fold_kernel, config, p, stream);
+}
+
+}  // namespace flashdelta::cuda
