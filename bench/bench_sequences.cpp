@@ -1,6 +1,8 @@
 // Rows over whole sequences: forward, training_forward (which keeps what the backward can use) and backward.
-// Modes of a forward row with a goal, besides the plain one (the same tensors in every replay, context parallelism as the
-// planner chooses): /cold, tensors rotated over more than 256 MB; /cp_on and /cp_off, context parallelism by option.
+// Modes of a forward row with a goal, besides the plain one (the same tensors in every replay, a quarter of the heads
+// without decay, context parallelism as the planner chooses): /cold, tensors rotated over more than 256 MB; /cp_on and
+// /cp_off, context parallelism by option; /exact, without the gates' shortcut; /flat and /decay, no head decays, every head
+// does.
 #include <memory>
 #include <string>
 #include <vector>
@@ -11,7 +13,24 @@
 namespace flashdelta::bench {
 namespace {
 
-enum class Mode { plain, cold, cp_on, cp_off };
+struct Mode {
+  const char* suffix;
+  bool cold = false;
+  fd_context_parallel context_parallel = FD_CONTEXT_AUTO;
+  bool exact = false;
+  Fill gates = Fill::gate;
+};
+constexpr Mode MODES[] = {
+    {.suffix = ""},
+    {.suffix = "/cold", .cold = true},
+    {.suffix = "/cp_on", .context_parallel = FD_CONTEXT_ON},
+    {.suffix = "/cp_off", .context_parallel = FD_CONTEXT_OFF},
+    {.suffix = "/exact", .exact = true},
+    {.suffix = "/flat", .gates = Fill::zero},
+    {.suffix = "/flat/cp_off", .context_parallel = FD_CONTEXT_OFF, .gates = Fill::zero},
+    {.suffix = "/decay", .gates = Fill::decay},
+    {.suffix = "/decay/cp_off", .context_parallel = FD_CONTEXT_OFF, .gates = Fill::decay},
+};
 
 struct SequenceRow {
   Row row;
@@ -25,7 +44,7 @@ struct Tensors {
   DeviceMemory do_, dfinal, dq, dk, dv, dg, dbeta, dinitial;
 };
 
-Tensors make_tensors(const Row& row, std::size_t saved_bytes, std::uint64_t seed, cudaStream_t stream) {
+Tensors make_tensors(const Row& row, Fill gates, std::size_t saved_bytes, std::uint64_t seed, cudaStream_t stream) {
   const auto T = static_cast<std::size_t>(row.tokens()), N = static_cast<std::size_t>(row.sequences());
   const auto H = static_cast<std::size_t>(row.H), HV = static_cast<std::size_t>(row.HV), K = std::size_t{HEAD_DIM};
   const auto made = [&](std::size_t count, fd_dtype type, Fill what) {
@@ -37,7 +56,7 @@ Tensors make_tensors(const Row& row, std::size_t saved_bytes, std::uint64_t seed
   t.q = made(T * H * K, FD_BFLOAT16, Fill::unit_rows);
   t.k = made(T * H * K, FD_BFLOAT16, Fill::unit_rows);
   t.v = made(T * HV * K, FD_BFLOAT16, Fill::normal);
-  t.g = made(T * HV, FD_FLOAT32, Fill::gate);
+  t.g = made(T * HV, FD_FLOAT32, gates);
   t.beta = made(T * HV, FD_FLOAT32, Fill::strength);
   t.initial = made(N * HV * K * K, FD_FLOAT32, Fill::normal);
   t.final = DeviceMemory(t.initial.bytes());
@@ -113,9 +132,8 @@ void run(benchmark::State& state, const SequenceRow& what) {
   problem.gate = FD_GATE_LOG;
   problem.beta = FD_BETA_VALUE;
   problem.cu_seqlens_dtype = FD_INT32;
-  problem.context_parallel = what.mode == Mode::cp_on    ? FD_CONTEXT_ON
-                             : what.mode == Mode::cp_off ? FD_CONTEXT_OFF
-                                                         : FD_CONTEXT_AUTO;
+  problem.context_parallel = what.mode.context_parallel;
+  if (what.mode.exact) problem.context_bound = -1;
   fd_backend backend;
   if (!served(state, fd_forward_backend(&problem, &backend))) return;
   if (training && !served(state, fd_backward_backend(&problem, &backend))) return;
@@ -126,9 +144,10 @@ void run(benchmark::State& state, const SequenceRow& what) {
   const DeviceMemory forward_space(forward_bytes), backward_space(backward_bytes), cu_seqlens = upload(bounds);
 
   const Work needed = work(row);
-  const std::size_t copies = what.mode == Mode::cold ? ROTATED_BYTES / static_cast<std::size_t>(needed.bytes) + 2 : 1;
+  const std::size_t copies = what.mode.cold ? ROTATED_BYTES / static_cast<std::size_t>(needed.bytes) + 2 : 1;
   std::vector<Tensors> sets;
-  for (std::size_t i = 0; i < copies; ++i) sets.push_back(make_tensors(row, saved_bytes, 100 * i, machine.stream));
+  for (std::size_t i = 0; i < copies; ++i)
+    sets.push_back(make_tensors(row, what.mode.gates, saved_bytes, 100 * i, machine.stream));
   const auto call = [&](std::size_t i, cudaStream_t stream) {
     const Tensors& t = sets[i % sets.size()];
     if (backward) {
@@ -145,7 +164,7 @@ void run(benchmark::State& state, const SequenceRow& what) {
   }
   // Short calls: several in one graph, so that the time between replays counts for little.
   const double estimate = needed.flops / machine.rate;
-  const int calls = what.mode == Mode::cold ? static_cast<int>(copies) : estimate < 2e-4 ? 8 : 1;
+  const int calls = what.mode.cold ? static_cast<int>(copies) : estimate < 2e-4 ? 8 : 1;
   Graph graph(machine.stream, calls, [&](int i, cudaStream_t s) { call(static_cast<std::size_t>(i), s); });
   measure(state, machine, row, graph, needed, [&] { call(0, machine.stream); });
   if (training) state.counters["saved_MB"] = static_cast<double>(saved_bytes) * 1e-6;
@@ -155,11 +174,9 @@ void run(benchmark::State& state, const SequenceRow& what) {
 }  // namespace
 
 void register_sequences(const Machine& machine, const Row& row) {
-  const std::pair<Mode, const char*> modes[] = {
-      {Mode::plain, ""}, {Mode::cold, "/cold"}, {Mode::cp_on, "/cp_on"}, {Mode::cp_off, "/cp_off"}};
-  for (const auto& [mode, suffix] : modes) {
-    if (mode != Mode::plain && (row.operation != "forward" || row.must_ms == 0)) continue;
-    benchmark::RegisterBenchmark((row.name + suffix).c_str(), run, SequenceRow{row, mode, &machine})
+  for (const Mode& mode : MODES) {
+    if (&mode != MODES && (row.operation != "forward" || row.must_ms == 0)) break;
+    benchmark::RegisterBenchmark((row.name + mode.suffix).c_str(), run, SequenceRow{row, mode, &machine})
         ->UseManualTime()
         ->Iterations(REPLAYS)
         ->Unit(benchmark::kMicrosecond);

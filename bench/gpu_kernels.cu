@@ -27,7 +27,8 @@ __device__ uint64_t all_threads() { return static_cast<uint64_t>(gridDim.x) * bl
 __global__ void fill_elements(void* data, fd_dtype type, uint64_t count, Fill what, uint64_t heads, uint64_t seed) {
   for (uint64_t i = first_index(); i < count; i += all_threads()) {
     float x = normal(seed, i);
-    if (what == Fill::gate) x = i % heads % 4 == 0 ? 0 : -log1pf(expf(-x)) / 16;
+    if (what == Fill::decay || what == Fill::gate) x = -log1pf(expf(-x)) / 16;
+    if (what == Fill::zero || (what == Fill::gate && i % heads % 4 == 0)) x = 0;
     if (what == Fill::strength) x = 1 / (1 + expf(-x));
     cuda::store_element(data, type, static_cast<int64_t>(i), x);
   }

@@ -15,8 +15,10 @@ namespace flashdelta::bench {
 enum class Fill {
   normal,     // standard normal
   unit_rows,  // rows of 128 of length 1 ("count" is a multiple of 128)
-  gate,       // [.., heads]: logsigmoid(normal) / 16, every fourth head 0
-  strength    // sigmoid(normal)
+  zero,
+  decay,    // logsigmoid(normal) / 16
+  gate,     // [.., heads]: the same, but every fourth head 0
+  strength  // sigmoid(normal)
 };
 void fill(void* data, fd_dtype type, std::size_t count, Fill what, std::int64_t heads, std::uint64_t seed,
           cudaStream_t stream);

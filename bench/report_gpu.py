@@ -113,6 +113,22 @@ def _steps(measured: Measured, chosen: list[Row]) -> Table | None:
     )
 
 
+def _modes(measured: Measured, chosen: list[Row]) -> Table | None:
+    suffixes = ("", "/cp_off", "/cp_on", "/exact", "/cold", "/flat", "/flat/cp_off", "/decay", "/decay/cp_off")
+    labels = ("planned", "whole", "split", "exact", "cold", "no decay", "no decay, whole", "all decay", "all decay, whole")
+    lines = []
+    for row in chosen:
+        times = [measured.milliseconds(row.name + suffix) for suffix in suffixes]
+        if any(ms is not None for ms in times[1:]):
+            lines.append(["/".join(row.name.split("/")[1:]), *times])
+    note = (
+        "C calls. Planned: context parallelism as the planner chooses, a quarter of the heads without decay; whole, split: off and on "
+        "by option; exact: without the gates' shortcut; cold: tensors rotated over more than 256 MB."
+    )
+    columns = ["heads, lengths", *(f"{label} ms" for label in labels)]
+    return {"title": "Context parallelism", "columns": columns, "rows": lines, "note": note} if lines else None
+
+
 def _errors(measured: Measured) -> Table | None:
     results = ("o", "final_state", "dq", "dk", "dv", "dg", "dbeta", "dinitial_state")
     lines: list[list[Any]] = []
@@ -163,6 +179,7 @@ def tables(result: dict[str, Any]) -> tuple[list[Table], list[Table]]:
     found = [
         first,
         _table("Forward, all other rows", measured, others, _summary(measured, forward, "Forward")),
+        _modes(measured, goals),
         _steps(measured, [row for row in listed if row.operation == "step"]),
         _table("Backward", measured, backward, _summary(measured, backward, "Backward")),
         _table("Forward for training", measured, [row for row in listed if row.operation == "training_forward"]),

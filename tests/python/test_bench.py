@@ -175,6 +175,7 @@ def test_report_writes_the_gpu_tables(site: Path, monkeypatch: pytest.MonkeyPatc
     single = [entry(f"forward/2/8/1x{T}/{c}", us=T * f) for T in (512, 2048) for c, f in (("flashdelta", 0.1), ("fla", 0.3))]
     benchmarks = [
         entry(name, us=410.0, median_us=400.0, percent_of_floor=92.0, sm_MHz=1500.0),
+        entry(f"{name}/cp_off", us=410.0, median_us=430.0),
         entry(f"{name}/flashdelta", us=420.0, host_us=14.0),
         entry(f"{name}/flash_qla", us=1224.0),
         entry(f"{name}/flashinfer", us=735.0),
@@ -189,6 +190,7 @@ def test_report_writes_the_gpu_tables(site: Path, monkeypatch: pytest.MonkeyPatc
     assert report.main(site) == 0
     page, readme = (site / "docs/benchmarks.md").read_text(), (site / "README.md").read_text()
     assert "| 16/64/4x8192 | 0.42 | 1.22 | 0.735 |  | 1.75 | 0.56 / 0.42 | 92 % |" in page
+    assert "| 16/64/4x8192 | 0.4 | 0.43 |  |" in page
     assert "| 16/32/8x1/float32/v_first | 8 |  |  | 4,000 | 93 % |" in page
     assert "| random, bfloat16 | FLA | 4.00e-03 | 3.80e-03 |" in page
     assert "3 of 3 rows have a peer's time" not in page  # rows without ours do not count as measured
