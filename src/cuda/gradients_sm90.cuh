@@ -125,8 +125,7 @@ __device__ __forceinline__ void sum_states(const GradientParameters& p, SharedMe
         blocks.next<STAGES>();
         total += sum[0] + sum[1];
       }
-#pragma unroll
-      for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(~0u, total, step);
+      total = warp_sum(total);
       wait_free(shared, SUMS_FREE, heads);
       if (lane == 0) shared.sums[heads.stage].state[turn] = total;
       arrive(shared, SUMS_FULL, heads, lane);
@@ -237,11 +236,7 @@ __device__ __forceinline__ void write_gates(const GradientParameters& p, SharedM
                         strength_gradient(p.gates, item.batch, token, value_head, dbeta[half]));
         }
       }
-#pragma unroll
-      for (int step = 16; step > 0; step /= 2) {
-        sum.x += __shfl_xor_sync(~0u, sum.x, step);
-        sum.y += __shfl_xor_sync(~0u, sum.y, step);
-      }
+      sum = make_float2(warp_sum(sum.x), warp_sum(sum.y));
       if (lane == 0 && p.gate_sums != nullptr) p.gate_sums[p.scratch.head(item.slot, value_head)] = sum;
     }
     arrive(shared, ITEM_FREE, items, lane);
