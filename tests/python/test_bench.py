@@ -182,6 +182,8 @@ def test_report_writes_the_gpu_tables(site: Path, monkeypatch: pytest.MonkeyPatc
         {"name": f"{name}/fla", "error_occurred": True, "error_message": "no"},
         entry("step/16/32/8x1/float32/v_first", us=8.0, GB_per_s=4000.0, percent_of_floor=93.0),
         entry("errors/random/bfloat16/fla", us=0.0, o=0.004, final_state=0.0038),
+        entry("errors/random/bfloat16/flash_qla", us=0.0, o=0.005, final_state=0.003),
+        entry("errors/random/bfloat16/flashdelta", us=0.0, o=0.0042, final_state=0.0032),
         *single,
     ]
     context = {"gpu": "NVIDIA H200", "commit": "abc", "date": "today", "commands": ["one", "two"], "flashdelta": "0.1.0"}
@@ -189,10 +191,12 @@ def test_report_writes_the_gpu_tables(site: Path, monkeypatch: pytest.MonkeyPatc
     path.write_text(json.dumps({"context": context, "benchmarks": benchmarks}))
     assert report.main(site) == 0
     page, readme = (site / "docs/benchmarks.md").read_text(), (site / "README.md").read_text()
-    assert "| 16/64/4x8192 | 0.42 | 1.22 | 0.735 |  | 1.75 | 0.56 / 0.42 | 92 % |" in page
+    assert "| 16/64/4x8192 | 0.42 | 1.22 | 0.735 |  | 1.75 | 0.56 / 0.42, aim reached | 92 % |" in page
     assert "| 16/64/4x8192 | 0.4 | 0.43 |  |" in page
     assert "| 16/32/8x1/float32/v_first | 8 |  |  | 4,000 | 93 % |" in page
     assert "| random, bfloat16 | FLA | 4.00e-03 | 3.80e-03 |" in page
+    assert "| random, bfloat16 | flashdelta | 4.20e-03 | 3.20e-03 (above) |" in page
+    assert "2 of 126 rows have a peer's time, 2 are faster than every peer; geometric mean" in page
     assert "(./h200_tokens.svg)" in page
     assert "16/64/4x8192" in readme
     assert "NVIDIA H200" in readme

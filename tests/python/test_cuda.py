@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +32,7 @@ STEP = {"backend": "cuda"}
 LIMITS = {torch.bfloat16: 1e-2, torch.float16: 2.5e-3}  # worst (sequence, head); 16-bit operands, fp32 sums
 GRADIENT_LIMITS = {torch.bfloat16: 3e-2, torch.float16: 1e-2}
 HOST_MICROSECONDS = 20
+FIRST_CALL_MILLISECONDS = 50
 
 
 def tensors(T: int = 150, **sizes: Any) -> tuple[Tensor, ...]:
@@ -160,8 +163,9 @@ def test_gradients_are_right(recompute: bool, dtype: torch.dtype) -> None:
     for name, x, truth in zip(["q", "k", "v", "g", "beta", "state"], got, truths, strict=True):
         dim = 1 if name == "state" else 2
         assert error(x.cpu(), truth.grad, dim) < GRADIENT_LIMITS[dtype], name
-    again = gradients(given, do, dfinal, cu_seqlens=ends, recompute=recompute)
-    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+    for _ in range(100):
+        again = gradients(given, do, dfinal, cu_seqlens=ends, recompute=recompute)
+        assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 
 @pytest.mark.usefixtures("backward")
@@ -253,7 +257,7 @@ def test_bitwise_the_same_every_time_and_alone() -> None:
     ends = torch.tensor([0, 300, 340, 700], device="cuda")
     options = {"output_final_state": True, "context_parallel": False}
     first = flashdelta.forward(q, k, v, g, beta, cu_seqlens=ends, initial_state=state, **options, **SM90)
-    for _ in range(20):
+    for _ in range(200):
         again = flashdelta.forward(q, k, v, g, beta, cu_seqlens=ends, initial_state=state, **options, **SM90)
         assert torch.equal(again[0], first[0])
         assert torch.equal(again[1], first[1])
@@ -349,3 +353,28 @@ def test_host_time(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture
     assert all(0 < microseconds < 10_000 for microseconds in times.values())
     if request.config.getoption("--host-time"):
         assert max(times.values()) <= HOST_MICROSECONDS
+
+
+FIRST_CALL = """
+import time
+import torch
+import flashdelta
+q, k = (torch.randn(1, 512, 2, 128, device="cuda", dtype=torch.bfloat16) for _ in "qk")
+v = torch.randn(1, 512, 8, 128, device="cuda", dtype=torch.bfloat16)
+torch.cuda.synchronize()
+start = time.perf_counter()
+flashdelta.forward(q, k, v, qk_l2norm=True, backend="sm90")
+torch.cuda.synchronize()
+print((time.perf_counter() - start) * 1e3)
+"""
+
+
+def test_first_call_of_a_process(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is compiled or tuned at the first call."""
+    done = subprocess.run([sys.executable, "-c", FIRST_CALL], capture_output=True, text=True, check=True)
+    milliseconds = float(done.stdout)
+    with capsys.disabled():
+        print(f"\nfirst call of a process, device in use: {milliseconds:.1f} ms", end="")
+    assert 0 < milliseconds < 5000
+    if request.config.getoption("--host-time"):
+        assert milliseconds <= FIRST_CALL_MILLISECONDS
