@@ -132,50 +132,57 @@ bool may_split(const fd_problem& p) {
 
 std::size_t runs_workspace(const fd_problem& p) { return p.N > 1 || may_split(p) ? Workspace(p, nullptr).bytes : 0; }
 
-fd_status plan_runs(const fd_forward_args& args, const CUtensorMap& k, const CUtensorMap& v, ForwardRuns& runs, int sm_count,
-                    void* workspace, void* stream) {
+namespace {
+
+PlanParameters plan_parameters(const fd_forward_args& args, const Workspace& w, int sm_count) {
   const fd_problem& p = *args.problem;
   const bool split = may_split(p);
-  const Workspace w(p, workspace);
   const Limits most = limits(p);
   const int whole = shape_of_sequences(p, sm_count), cut = shape_of_runs(p);
-  runs = {w.runs, {&w.plan->runs[0], &w.plan->runs[1]}, most.runs, w.starts, &w.plan->next_item};
-  if (!split || whole == cut) runs.count[1] = nullptr;
-
-  const auto log_bound = static_cast<float>(std::log2(p.context_bound));
-  const Sequences sequences(args);
-  const Gates gates(args);
-  const PlanParameters plan{
-      .sequences = sequences,
-      .gates = gates,
+  // Each run of the pre-pass has its room where runs have at least so many chunks.
+  const int64_t shortest = split ? std::max<int64_t>(MIN_RUN, (most.chunks + most.pre_runs - 1) / most.pre_runs) : 1;
+  return {
+      .sequences = Sequences(args),
+      .gates = Gates(args),
       .B = p.B,
       .plain = machine(p, sm_count, whole),
       .split = split ? machine(p, sm_count, cut) : Machine{},
       .forced = p.context_parallel == FD_CONTEXT_ON ? 1 : 0,
-      .shapes = runs.count[1] == nullptr ? 1 : 2,
+      .shapes = split && whole != cut ? 2 : 1,
       .most_chunks = most.chunks,
-      .shortest =
-          split ? static_cast<int>(std::max<int64_t>(MIN_RUN, (most.chunks + most.pre_runs - 1) / most.pre_runs)) : 1,
-      .log_bound = log_bound,
+      .shortest = static_cast<int>(shortest),
+      .log_bound = static_cast<float>(std::log2(p.context_bound)),
       .plan = w.plan,
       .runs = w.runs,
       .pre_runs = w.pre_runs,
       .chains = w.chains,
   };
+}
+
+}  // namespace
+
+fd_status plan_runs(const fd_forward_args& args, const CUtensorMap& k, const CUtensorMap& v, ForwardRuns& runs, int sm_count,
+                    void* workspace, void* stream) {
+  const fd_problem& p = *args.problem;
+  const Workspace w(p, workspace);
+  const Limits most = limits(p);
+  const PlanParameters plan = plan_parameters(args, w, sm_count);
+  const int* second = plan.shapes == 2 ? &w.plan->runs[1] : nullptr;
+  runs = {w.runs, {&w.plan->runs[0], second}, most.runs, w.starts, &w.plan->next_item};
   fd_status status = launch_plan(plan, stream);
-  if (status != FD_OK || !split) return status;
+  if (status != FD_OK || !may_split(p)) return status;
 
   const bool bfloat16 = p.dtype == FD_BFLOAT16, l2norm = p.qk_l2norm != 0;
   const auto heads = static_cast<int>(p.H), value_heads = static_cast<int>(p.HV), values = static_cast<int>(p.V);
   const WindowParameters window{
-      .sequences = sequences,
-      .gates = gates,
+      .sequences = plan.sequences,
+      .gates = plan.gates,
       .k = View(args.k, p.dtype),
       .heads = heads,
       .value_heads = value_heads,
       .l2norm = p.qk_l2norm,
       .l2norm_eps = static_cast<float>(p.l2norm_eps),
-      .log_bound = log_bound,
+      .log_bound = plan.log_bound,
       .plan = w.plan,
       .runs = w.pre_runs,
       .windows = w.windows,
@@ -195,8 +202,8 @@ fd_status plan_runs(const fd_forward_args& args, const CUtensorMap& k, const CUt
   const PrepareParameters prepare{
       .q = k,  // not read
       .k = k,
-      .gates = gates,
-      .sequences = sequences,
+      .gates = plan.gates,
+      .sequences = plan.sequences,
       .chunks = w.chunks,
       .scratch = scratch,
       .slots = static_cast<int>(most.chunks),
@@ -212,7 +219,7 @@ fd_status plan_runs(const fd_forward_args& args, const CUtensorMap& k, const CUt
   const StatesParameters states{
       .k = k,
       .v = v,
-      .sequences = sequences,
+      .sequences = plan.sequences,
       .scratch = scratch,
       .runs = w.pre_runs,
       .run_count = static_cast<int>(most.pre_runs),

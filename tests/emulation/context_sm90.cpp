@@ -6,8 +6,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
+#include <stdexcept>
 
 #include "backend.hpp"
+#include "check.hpp"
 #include "tests/emulation/sm90.hpp"
 
 #define cuda emulated_cuda
@@ -34,6 +37,33 @@ ContextCounts read_context_counts(const fd_problem& p, void* workspace) {
     counts.skipped += std::max(w.windows[i], 0);
   }
   return counts;
+}
+
+std::optional<ContextCounts> plan(const std::vector<std::int64_t>& lengths, std::int64_t H, std::int64_t HV, bool constant,
+                                  int sm_count) {
+  std::vector<std::int64_t> cu_seqlens = {0};
+  for (const std::int64_t length : lengths) cu_seqlens.push_back(cu_seqlens.back() + length);
+  std::vector<float> g(static_cast<std::size_t>(cu_seqlens.back() * HV));
+  for (std::size_t i = 0; i < g.size(); ++i) g[i] = constant || i % 4 == 3 ? 0.0f : -0.05f;
+  fd_problem given = {};
+  given.size = sizeof(given);
+  given.B = 1, given.T = cu_seqlens.back(), given.N = static_cast<std::int64_t>(lengths.size());
+  given.H = H, given.HV = HV, given.K = given.V = 128;
+  given.dtype = FD_BFLOAT16;
+  given.gate = FD_GATE_LOG;
+  const fd_problem problem = normalise(Operation::forward, given);
+  if (!cuda::may_split(problem)) return std::nullopt;
+  fd_forward_args args = {};
+  args.problem = &problem;
+  args.g = {g.data(), {0, HV, 1, 0}};
+  args.cu_seqlens = cu_seqlens.data();
+  // As large as the query says, but never touched where only later kernels write.
+  const std::unique_ptr<unsigned char[]> memory(new unsigned char[cuda::runs_workspace(problem)]);
+  const cuda::Workspace w(problem, memory.get());
+  if (cuda::launch_plan(cuda::plan_parameters(args, w, sm_count), nullptr) != FD_OK)
+    throw std::runtime_error(fd_last_error());
+  std::fill_n(w.windows, w.plan->pre_runs * HV, -1);
+  return read_context_counts(problem, memory.get());
 }
 
 }  // namespace flashdelta::emulation

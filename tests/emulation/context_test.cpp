@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <cstring>
 #include <numbers>
+#include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -19,23 +21,11 @@ namespace flashdelta::testing {
 namespace {
 
 using emulation::context_counts;
+using emulation::ContextCounts;
 using emulation::hopper;
 using emulation::Schedule;
 
 constexpr int FEW_SMS = 2, MANY_SMS = 132;
-
-// What the calls of this file ask for; their results are compared with a reference that knows nothing of it.
-fd_context_parallel context_parallel = FD_CONTEXT_ON;
-double context_bound = 0;
-
-fd_status forward_in_context(const fd_forward_args* call, void* workspace, std::size_t bytes, void* stream) {
-  fd_problem problem = *call->problem;
-  problem.context_parallel = context_parallel;
-  problem.context_bound = context_bound;
-  fd_forward_args args = *call;
-  args.problem = &problem;
-  return emulation::forward(&args, workspace, bytes, stream);
-}
 
 struct Options {
   fd_context_parallel context_parallel = FD_CONTEXT_ON;
@@ -45,11 +35,14 @@ struct Options {
   const void* cu_seqlens = nullptr;
 };
 
-Results emulated(const Case& c, const Data& d, const Options& options = {}) {
+Results emulated(const Case& c, const Data& d, const Options& options = {},
+                 decltype(&fd_forward) call = emulation::forward) {
   hopper = {options.sm_count, options.schedule, options.cu_seqlens};
-  context_parallel = options.context_parallel;
-  context_bound = options.bound;
-  return forward(c, d, {.backend = FD_BACKEND_REFERENCE, .forward = forward_in_context});
+  return forward(c, d,
+                 {.backend = FD_BACKEND_REFERENCE,
+                  .context_parallel = options.context_parallel,
+                  .context_bound = options.bound,
+                  .forward = call});
 }
 
 class EmulatedContext : public ::testing::TestWithParam<Case> {};
@@ -69,7 +62,8 @@ TEST_P(EmulatedContext, MatchesTheReferenceHoweverSequencesAreCut) {
     if (c.gates == Gates::strong) {
       EXPECT_EQ(context_counts.windows, context_counts.pre_runs * c.HV);
     }
-    if (sm_count == FEW_SMS) expect_same_bits(emulated(c, d, {.sm_count = sm_count, .schedule = Schedule::shuffled}), got);
+    // The last run of a sequence comes first.
+    if (sm_count == MANY_SMS) expect_same_bits(emulated(c, d, {.schedule = Schedule::backward}), got);
   }
 }
 
@@ -201,6 +195,46 @@ TEST(EmulatedPlan, LengthsMayChangeOnTheDevice) {
   expect_same_bits(emulated(host, d, {.cu_seqlens = lengths.data()}), want);
 }
 
+// What the planner decides on 132 SMs for sizes that are used, with gates that are all 0, those of trained models (a quarter
+// of the heads does not decay), and without seeing them. No chunk is walked.
+struct Decision {
+  std::vector<std::int64_t> lengths;
+  std::int64_t H, HV;
+  bool considered;      // whether the device is asked
+  int constant, usual;  // sequences that are cut then
+};
+
+TEST(EmulatedPlan, CutsSequencesWhereThatShouldPay) {
+  const std::vector<std::int64_t> tail = [] {
+    std::vector<std::int64_t> lengths = {16384};
+    lengths.insert(lengths.end(), 16, 512);
+    lengths.insert(lengths.end(), 32, 64);
+    lengths.insert(lengths.end(), 32, 33);
+    return lengths;
+  }();
+  const std::vector<Decision> decisions = {
+      {{32768}, 16, 64, true, 0, 0},        {{32768}, 16, 32, true, 1, 1},
+      {{32768}, 4, 16, true, 1, 1},         {{32768}, 2, 8, true, 1, 1},
+      {{65536}, 2, 8, true, 1, 1},          {{8192}, 16, 32, false, 0, 0},
+      {{8192}, 2, 8, true, 1, 1},           {{2048}, 2, 8, false, 0, 0},
+      {{512}, 16, 32, false, 0, 0},         {{8192, 8192, 8192, 8192}, 16, 64, true, 0, 0},
+      {tail, 16, 32, true, 1, 1},           {{28672, 4096}, 16, 32, true, 1, 1},
+      {{16384, 16384}, 16, 32, true, 0, 0}, {{2048, 2048, 2048, 2048}, 16, 32, false, 0, 0},
+  };
+  for (const Decision& decision : decisions) {
+    SCOPED_TRACE(std::to_string(decision.lengths[0]) + " and " + std::to_string(decision.lengths.size() - 1) + " others, " +
+                 std::to_string(decision.HV) + " heads");
+    for (const bool constant : {true, false}) {
+      const std::optional<ContextCounts> counts =
+          emulation::plan(decision.lengths, decision.H, decision.HV, constant, MANY_SMS);
+      EXPECT_EQ(counts.has_value(), decision.considered);
+      if (!counts.has_value()) continue;
+      EXPECT_EQ(counts->chains, constant ? decision.constant : decision.usual);
+      EXPECT_EQ(counts->runs, static_cast<int>(decision.lengths.size()) + counts->pre_runs);
+    }
+  }
+}
+
 TEST(EmulatedPlan, GarbageInCuSeqlensStaysInsideTheOutputs) {
   const Case c = emulated_case({300, 0, 300, 50, 0, 150});
   const Data d = make_data(c, 6);
@@ -224,7 +258,7 @@ fd_status forward_with_saved(const fd_forward_args* call, void* workspace, std::
   fd_forward_args args = *call;
   args.saved = saved_memory->data();
   args.saved_bytes = saved_memory->size();
-  return forward_in_context(&args, workspace, bytes, stream);
+  return emulation::forward(&args, workspace, bytes, stream);
 }
 
 TEST(EmulatedSavedStates, AreThoseBeforeEverySegmentButTheFirst) {
@@ -242,9 +276,9 @@ TEST(EmulatedSavedStates, AreThoseBeforeEverySegmentButTheFirst) {
     const std::int64_t state = c.HV * c.V * c.K, rows = (c.B() * c.T() + SEGMENT - 1) / SEGMENT;
     Memory saved(static_cast<std::size_t>(rows * state) * sizeof(float));
     saved_memory = &saved;
-    hopper = {packed ? FEW_SMS : MANY_SMS};
-    context_parallel = packed ? FD_CONTEXT_OFF : FD_CONTEXT_ON;
-    const Results got = forward(c, d, {.backend = FD_BACKEND_REFERENCE, .forward = forward_with_saved});
+    const Options options = {.context_parallel = packed ? FD_CONTEXT_OFF : FD_CONTEXT_ON,
+                             .sm_count = packed ? FEW_SMS : MANY_SMS};
+    const Results got = emulated(c, d, options, forward_with_saved);
     EXPECT_TRUE(saved.guards_intact());
     expect_close(c, d, got, forward(c, d, reference), BFLOAT16_LIMIT);
 

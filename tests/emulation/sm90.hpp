@@ -2,6 +2,9 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <vector>
 
 #include "flashdelta/flashdelta.h"
 #include "tests/emulation/emulator.hpp"
@@ -30,6 +33,11 @@ extern ContextCounts context_counts;
 
 // Reads them from the workspace of a call in normal form.
 ContextCounts read_context_counts(const fd_problem&, void* workspace);
+
+// What the planner alone decides for packed sequences, with all gates 0 or, in three of four heads, -0.05; nothing if the
+// host does not ask it.
+std::optional<ContextCounts> plan(const std::vector<std::int64_t>& lengths, std::int64_t H, std::int64_t HV, bool constant,
+                                  int sm_count);
 
 // fd_forward by the code in src/cuda/backend_sm90.cu and forward_sm90.cu, with all pointers on the CPU. It takes its own
 // workspace.
