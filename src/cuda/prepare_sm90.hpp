@@ -13,7 +13,7 @@ struct PrepareParameters {
   Gates gates;
   Sequences sequences;
   const ChunkPlace* chunks;  // [slots]
-  Scratch scratch;           // vectors, t and, unless null, p are written
+  Scratch scratch;           // vectors, t and, unless null, p are written; without p, q is not read and counts as normalised
   int slots, heads;
   float scale, l2norm_eps;
   // On the device, for context parallelism; null: all. The first slots, of those the ones of these heads.

@@ -28,6 +28,9 @@ fd_status states(const fd_forward_args& args, const Wave& wave, const std::vecto
       .saved = setting.saved,
       .save = setting.save,
       .outcomes = setting.outcomes,
+      .used_runs = setting.used_runs,
+      .next_item = setting.next_item,
+      .windows = setting.windows,
   };
   if (!setting.tiles) p.scratch.s = p.scratch.r = nullptr;
   fd_status status = cuda::tensor_map(p.k, "k", args.k, problem, packed, problem.H, problem.K);

@@ -15,6 +15,10 @@ struct StatesSetting {
   const float* saved = nullptr;
   float* save = nullptr;
   float* outcomes = nullptr;
+  // As in StatesParameters.
+  const int* used_runs = nullptr;
+  unsigned* next_item = nullptr;
+  const int* windows = nullptr;
   int sm_count = 132;  // many: blocks of 64 rows
   Schedule schedule = Schedule::forward;
 };

@@ -258,6 +258,46 @@ TEST(States, OutcomesAreAffineInTheFirstState) {
   }
 }
 
+TEST(States, RunsMayStartAtTheirWindows) {
+  const Case c = states_case({70, 400}, 128);
+  const Data d = make_data(c, 3);
+  Wave wave(c);
+  const int slot = wave.first_slot[1], used = 2;
+  const std::vector<cuda::Run> runs = {{1, 0, 2, slot}, {1, 2, 4, slot + 2}, {0, 0, 2, wave.first_slot[0]}};
+  const std::vector<int> windows = {-1, 1, 2, -1, 0, 0};  // of two value heads each
+  const std::vector<float> all = walk(c, d, wave, runs, {.tiles = false, .initial = false, .transition = true});
+  const std::vector<float> cut =
+      walk(c, d, wave, {{1, 1, 1, slot + 1}, {1, 4, 2, slot + 4}}, {.tiles = false, .transition = true});
+  for (const int sm_count : {FEW_SMS, MANY_SMS}) {
+    unsigned next_item = 0;
+    const std::vector<float> got = walk(c, d, wave, runs,
+                                        {.tiles = false,
+                                         .initial = false,
+                                         .transition = true,
+                                         .used_runs = &used,
+                                         .next_item = &next_item,
+                                         .windows = windows.data(),
+                                         .sm_count = sm_count});
+    EXPECT_GT(next_item, 0U);
+    const auto size = static_cast<std::size_t>((c.V + K) * K), values = state_size(c);  // of a run and value head
+    for (std::size_t i = 0; i < windows.size(); ++i) {
+      SCOPED_TRACE("run " + std::to_string(i / 2) + ", value head " + std::to_string(i % 2));
+      const float* outcome = got.data() + i * size;
+      const bool walked = i < 4, whole = windows[i] < 0, transition = walked && whole && i >= 2;
+      const float* expected = (whole ? all : cut).data() + i * size;
+      if (walked) {
+        EXPECT_EQ(std::memcmp(outcome, expected, values * sizeof(float)), 0);
+      }
+      if (transition) {
+        EXPECT_EQ(std::memcmp(outcome + values, expected + values, (size - values) * sizeof(float)), 0);
+      }
+      const auto untouched = [](float x) { return std::isnan(x); };
+      EXPECT_EQ(std::all_of(outcome, outcome + values, untouched), !walked);
+      EXPECT_EQ(std::all_of(outcome + values, outcome + size, untouched), !transition);
+    }
+  }
+}
+
 TEST(States, TheOrderOfThreadsDoesNotMatter) {
   const Case c = states_case({200, 0, 65}, 128);
   const Data d = make_data(c, 4);
