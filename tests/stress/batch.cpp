@@ -50,13 +50,14 @@ std::string Batch::describe() const {
     << name_of(problem.initial_dtype) << (packed ? ", packed lengths" : ", lengths");
   for (const std::int64_t length : lengths) s << ' ' << length;
   s << ", padding " << padding << ", keys " << static_cast<int>(keys) << ", gates " << static_cast<int>(gates) << ", beta "
-    << problem.beta << ", context_parallel " << problem.context_parallel;
+    << problem.beta << ", context_parallel " << problem.context_parallel << ", workspace_limit " << problem.workspace_limit;
   const std::pair<const char*, bool> options[] = {{", strided", strided},
                                                   {", pool", pool},
                                                   {", in place", in_place},
                                                   {", initial state", initial_state},
                                                   {", final state", final_state},
                                                   {", checkpoints", checkpoints},
+                                                  {", saved", saved},
                                                   {", v_first", problem.state_v_first != 0}};
   for (const auto& [name, on] : options) s << (on ? name : "");
   return s.str();
@@ -95,6 +96,7 @@ Batch draw(Operation operation, std::uint64_t seed, std::uint64_t index, std::in
   b.initial_state = !random.one_in(5);
   b.final_state = !random.one_in(6);
   b.in_place = b.pool && b.initial_state && b.final_state && !backward && random.one_in(2);
+  b.saved = backward && !random.one_in(3);
   b.checkpoints = operation == Operation::forward && random.one_in(4);
 
   fd_problem& p = b.problem;
@@ -115,6 +117,7 @@ Batch draw(Operation operation, std::uint64_t seed, std::uint64_t index, std::in
   p.state_v_first = random.one_in(2) ? 1 : 0;
   p.context_parallel = random.one_in(2) ? FD_CONTEXT_OFF : FD_CONTEXT_AUTO;
   p.scale = random.one_in(4) ? 0.5 : 0;
+  if (backward) p.workspace_limit = random.pick<std::int64_t>({0, 0, 1, std::int64_t{1} << 25});
   const std::int64_t rows = b.pool ? b.N() + 3 : b.N();
   if (b.pool && b.initial_state) p.initial_rows = rows;
   if (b.pool && b.final_state && !backward) p.final_rows = rows;

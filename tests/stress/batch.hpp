@@ -25,6 +25,7 @@ struct Batch {
   bool strided;         // q, k and v are views of one projection
   bool pool, in_place;  // states are rows of pools, some sequences have none
   bool initial_state, final_state, checkpoints;
+  bool saved;  // the backward has what the forward saved
   fd_problem problem;
 
   std::int64_t N() const { return static_cast<std::int64_t>(lengths.size()); }

@@ -157,7 +157,7 @@ Run Call::prepare() {
   std::size_t bytes = 0;
   if (b_.operation == Operation::backward) {
     std::size_t saved = 0;
-    must(fd_forward_saved(&p, &saved));
+    if (b_.saved) must(fd_forward_saved(&p, &saved));
     if (saved > 0 && saved_.data == nullptr) {
       saved_ = arena_.take(saved);
       inputs(filling_.forward, filling_);
