@@ -14,7 +14,7 @@
 #   --filter REGEX      rows of the benchmarks (default: all)
 # PYTHON: the interpreter with torch (default python3). Peers for `compare` and `errors`: bench/peers.sh unpacks them.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 prebuilt="" seconds=3600 out=build/gpu-out archive="" stress=120 compare="" filter=.
 steps=info,smoke,step,forward,others,cpu,python,memcheck,racecheck,synccheck,initcheck,stress,bench,errors,compare
 while [ $# -gt 0 ]; do
