@@ -3,7 +3,8 @@
 //   cut        once: which chunks, segments and pieces of sequences each wave has
 //   per wave   prepare    vectors, T, P of all chunks
 //              states     S and R of all chunks, segment by segment from saved states
-//              chain      dv, gradients of the state, from last chunk to first
+//              chain      dv, gradients of the state, from last chunk to first; of all segments at once after a pre-pass
+//                         (backward_context_sm90.hpp), or of whole pieces
 //              gradients  dq, dk, dg, dbeta of all chunks
 //   finish     once: dA_log, ddt_bias; zeros in rows past the last sequence
 //
@@ -11,6 +12,7 @@
 #include <algorithm>
 #include <string>
 
+#include "cuda/backward_context_sm90.hpp"
 #include "cuda/backward_sm90.hpp"
 #include "cuda/chain_sm90.hpp"
 #include "cuda/cut_sm90.hpp"
@@ -48,10 +50,17 @@ int64_t bytes_per_head(const fd_problem& p) {
          blocks * (2 * STATE_TILE + 2 * TILE + CHUNK * static_cast<int64_t>(sizeof(float)));
 }
 
+// Floats of all heads' states; and what the pre-pass of context parallelism finds for one segment.
+int64_t state_floats(const fd_problem& p) { return p.HV * p.V * p.K; }
+int64_t outcome_floats(const fd_problem& p) { return p.HV * (p.V + p.K) * p.K; }
+
 // As many tokens a wave as the limit on the workspace allows: all at once, or at least a segment.
 int64_t wave_tokens(const fd_problem& p) {
-  const int64_t positions = p.B * p.T;
-  const int64_t slots = p.workspace_limit / std::max<int64_t>(1, p.HV * bytes_per_head(p)) - p.N;
+  const int64_t positions = p.B * p.T, of_slot = p.HV * bytes_per_head(p);
+  const int64_t of_segment =
+      splits_backward(p) ? (state_floats(p) + outcome_floats(p)) * static_cast<int64_t>(sizeof(float)) : 0;
+  const int64_t left = p.workspace_limit - p.N * (of_slot + of_segment);
+  const int64_t slots = left / std::max<int64_t>(1, of_slot + of_segment / SEGMENT_CHUNKS);
   if (slots >= positions / CHUNK) return std::max<int64_t>(positions, SEGMENT);
   return std::max<int64_t>(SEGMENT, (slots * CHUNK - SEGMENT) / SEGMENT * SEGMENT);
 }
@@ -60,14 +69,17 @@ struct Workspace {
   Tiling tiling;
   Tables tables;
   Scratch scratch;
-  float* saved;       // states before segments, unless the forward kept them
-  float* carry[2];    // gradient of a state at the border of two waves, in turn
+  float* saved;     // states before segments, unless the forward kept them
+  float* carry[2];  // gradient of a state at the border of two waves, in turn
+  bool splits;
+  float* outcomes;    // [segment_slots, HV, V + K, K], if segments are walked at once
+  float* starts;      // [segment_slots, HV, V, K]
   float2* gate_sums;  // [waves, chunk_slots, HV]
   std::size_t bytes;
 
-  Workspace(const fd_problem& p, void* base) : tiling(make_tiling(p, wave_tokens(p))) {
+  Workspace(const fd_problem& p, void* base) : tiling(make_tiling(p, wave_tokens(p))), splits(splits_backward(p)) {
     Parts parts(base);
-    const int64_t heads = int64_t{tiling.chunk_slots} * p.HV, blocks = heads * (p.V / VALUES), state = p.HV * p.K * p.V;
+    const int64_t heads = int64_t{tiling.chunk_slots} * p.HV, blocks = heads * (p.V / VALUES);
     tables.chunks = parts.take<ChunkPlace>(int64_t{tiling.waves} * tiling.chunk_slots);
     tables.segments = parts.take<Run>(int64_t{tiling.waves} * tiling.segment_slots);
     tables.pieces = parts.take<Run>(int64_t{tiling.waves} * tiling.sequence_slots);
@@ -82,7 +94,9 @@ struct Workspace {
     scratch.dv = parts.take<uint8_t>(blocks * TILE);
     scratch.dbeta = parts.take<float>(blocks * CHUNK);
     saved = parts.take<float>(static_cast<int64_t>(saved_bytes(p) / sizeof(float)));
-    for (float*& c : carry) c = parts.take<float>(tiling.waves > 1 ? state : 0);
+    for (float*& c : carry) c = parts.take<float>(tiling.waves > 1 ? state_floats(p) : 0);
+    outcomes = parts.take<float>(splits ? tiling.segment_slots * outcome_floats(p) : 0);
+    starts = parts.take<float>(splits ? tiling.segment_slots * state_floats(p) : 0);
     gate_sums = parts.take<float2>(p.gate == FD_GATE_RAW ? tiling.waves * heads : 0);
     bytes = parts.bytes();
   }
@@ -116,7 +130,7 @@ class Backward {
     for (int wave = tiling.waves; wave-- > 0 && status == FD_OK;) {
       status = prepare(wave);
       if (status == FD_OK) status = states(wave);
-      if (status == FD_OK) status = chain(wave);
+      if (status == FD_OK) status = workspace_.splits ? chain_of_segments(wave) : chain_of_pieces(wave);
       if (status == FD_OK) status = gradients(wave);
     }
     return status == FD_OK ? finish() : status;
@@ -146,6 +160,9 @@ class Backward {
 
   const ChunkPlace* chunks(int wave) const {
     return workspace_.tables.chunks + int64_t{wave} * workspace_.tiling.chunk_slots;
+  }
+  const Run* segments(int wave) const {
+    return workspace_.tables.segments + int64_t{wave} * workspace_.tiling.segment_slots;
   }
   const Run* pieces(int wave) const { return workspace_.tables.pieces + int64_t{wave} * workspace_.tiling.sequence_slots; }
   bool bfloat16() const { return p_.dtype == FD_BFLOAT16; }
@@ -196,14 +213,18 @@ class Backward {
 
   fd_status states(int wave) {
     StatesParameters parameters = states_parameters();
-    parameters.runs = workspace_.tables.segments + int64_t{wave} * workspace_.tiling.segment_slots;
+    parameters.runs = segments(wave);
     parameters.run_count = workspace_.tiling.segment_slots;
+    if (workspace_.splits) {
+      parameters.row_blocks += KEYS / VALUES;
+      parameters.transitions = workspace_.outcomes;
+    }
     return launch_states(parameters, bfloat16(), sm_count_, stream_);
   }
 
-  fd_status chain(int wave) {
+  ChainParameters chain_parameters() const {
     const fd_index none{};
-    const ChainParameters parameters{
+    return {
         .q = q_,
         .k = k_,
         .do_ = do_,
@@ -212,17 +233,58 @@ class Backward {
         .has_dv = args_.dv.data != nullptr,
         .sequences = sequences_,
         .scratch = workspace_.scratch,
-        .pieces = pieces(wave),
-        .piece_count = workspace_.tiling.sequence_slots,
+        .runs = nullptr,
+        .run_count = 0,
         .heads = heads(),
         .initial = initial_,
         .dfinal = Pool(args_.dfinal_state, p_.final_dtype, p_.N, none, p_.index_dtype, 0),
         .dinitial = Pool(args_.dinitial_state, p_.initial_dtype, p_.N, none, p_.index_dtype, 0),
         .state_v_first = p_.state_v_first,
-        .carry_in = workspace_.carry[(wave + 1) % 2],
-        .carry_out = workspace_.carry[wave % 2],
+        .starts = nullptr,
+        .start_stride = 0,
+        .carry_out = nullptr,
         .scale = static_cast<float>(p_.scale),
     };
+  }
+  float* carry_in(int wave) const { return workspace_.carry[(wave + 1) % 2]; }
+  float* carry_out(int wave) const { return workspace_.carry[wave % 2]; }
+
+  fd_status chain_of_pieces(int wave) {
+    ChainParameters parameters = chain_parameters();
+    parameters.runs = pieces(wave);
+    parameters.run_count = workspace_.tiling.sequence_slots;
+    parameters.starts = carry_in(wave);
+    parameters.carry_out = carry_out(wave);
+    return launch_chain(parameters, bfloat16(), sm_count_, stream_);
+  }
+
+  fd_status chain_of_segments(int wave) {
+    ChainParameters parameters = chain_parameters();
+    parameters.runs = segments(wave);
+    parameters.run_count = workspace_.tiling.segment_slots;
+    parameters.outcomes = workspace_.outcomes;
+    fd_status status = launch_chain(parameters, bfloat16(), sm_count_, stream_);
+    if (status != FD_OK) return status;
+
+    const GradientFoldParameters fold{
+        .sequences = sequences_,
+        .pieces = pieces(wave),
+        .segments = segments(wave),
+        .piece_count = workspace_.tiling.sequence_slots,
+        .segment_count = workspace_.tiling.segment_slots,
+        .value_heads = static_cast<int>(p_.HV),
+        .values = static_cast<int>(p_.V),
+        .outcomes = workspace_.outcomes,
+        .starts = workspace_.starts,
+        .carry_in = carry_in(wave),
+        .carry_out = carry_out(wave),
+    };
+    status = launch_gradient_fold(fold, stream_);
+    if (status != FD_OK) return status;
+
+    parameters.outcomes = nullptr;
+    parameters.starts = workspace_.starts;
+    parameters.start_stride = state_floats(p_);
     return launch_chain(parameters, bfloat16(), sm_count_, stream_);
   }
 

@@ -1,5 +1,5 @@
-// The serial part of the backward for Hopper: a persistent block takes work items (piece of a sequence, value head, 64 STATE
-// values) and walks the piece's chunks from last to first, the gradient of the state in registers. See docs/kernels.md.
+// The serial part of the backward for Hopper: a persistent block takes work items (run of chunks, value head, 64 STATE
+// values) and walks the run's chunks from last to first, the gradient of the state in registers. See docs/kernels.md.
 //
 //   warpgroup 0   producer   one warp each: loads of K, Q; loads of do, P; stores, sums of <dV', R>; loads of T, R
 //   next STATE    state      dS^T, 64 values each:  dV'^T = e^(gam_C - gam) (dS^T K^T) + do^T P,   dv^T = (beta dV')^T T,
@@ -8,6 +8,8 @@
 //        K, Q, vectors --+
 //        do, P ----------+--> state --> dS after each chunk, dv, <dV', R>
 //        T, R -----------+
+//
+// With OUTCOMES, the pre-pass of context parallelism, nothing is left but the gradient before each run.
 #pragma once
 
 #include "cuda/block_sm90.cuh"
@@ -61,24 +63,27 @@ static_assert(sizeof(SharedMemory<1>) <= 227 * 1024 && sizeof(SharedMemory<2>) <
 
 // A work item. Each warp finds it by itself.
 struct Item {
+  int run;
   int sequence;  // -1: nothing to do
   int value_head, first_block;
   int64_t batch, begin;
   int tokens;  // of the sequence
   int first_chunk, chunks, slot;
-  bool begins, ends;  // the piece has the sequence's first, last chunk
+  bool begins, ends;  // the run has the sequence's first, last chunk
 };
 
 template <int STATE>
 __device__ __forceinline__ int item_count(const ChainParameters& p) {
-  return p.piece_count * p.scratch.value_heads * (p.scratch.value_blocks / STATE);
+  return p.run_count * p.scratch.value_heads * (p.scratch.value_blocks / STATE);
 }
 
-template <int STATE>
+template <int STATE, bool OUTCOMES>
 __device__ __forceinline__ Item item_at(const ChainParameters& p, int index) {
   const int groups = p.scratch.value_blocks / STATE, heads = p.scratch.value_heads;
-  const Run run = p.pieces[index / groups / heads];
-  Item item{.sequence = run.sequence,
+  const int run_index = index / groups / heads;
+  const Run run = p.runs[run_index];
+  Item item{.run = run_index,
+            .sequence = run.sequence,
             .value_head = index / groups % heads,
             .first_block = index % groups * STATE,
             .batch = 0,
@@ -89,7 +94,8 @@ __device__ __forceinline__ Item item_at(const ChainParameters& p, int index) {
             .slot = run.slot,
             .begins = false,
             .ends = false};
-  if (run.sequence < 0) return item;
+  if (OUTCOMES && run.first_chunk == 0) item.sequence = -1;
+  if (item.sequence < 0) return item;
   const TokenRange range = p.sequences[run.sequence];
   item.batch = range.batch;
   item.begin = range.begin;
@@ -106,21 +112,21 @@ __device__ __forceinline__ Place chunk_place(const ChainParameters& p, const Ite
 }
 
 // What the block does with each chunk of each of its items, in the order in which all its warps take them.
-template <int STATE, typename Visit>
+template <int STATE, bool OUTCOMES, typename Visit>
 __device__ __forceinline__ void for_each_chunk(const ChainParameters& p, Visit visit) {
   const int items = item_count<STATE>(p);
   for (int index = static_cast<int>(blockIdx.x); index < items; index += static_cast<int>(gridDim.x)) {
-    const Item item = item_at<STATE>(p, index);
+    const Item item = item_at<STATE, OUTCOMES>(p, index);
     for (int i = item.chunks; i-- > 0;) visit(item, item.first_chunk + i, item.slot + i);
   }
 }
 
 // Warp 0, one lane: loads K, Q and the vectors.
-template <int STATE>
+template <int STATE, bool OUTCOMES>
 __device__ __forceinline__ void load_keys(const ChainParameters& p, SharedMemory<STATE>& shared) {
   const int group = p.scratch.value_heads / p.heads;
   Ring ring;
-  for_each_chunk<STATE>(p, [&](const Item& item, int chunk, int slot) {
+  for_each_chunk<STATE, OUTCOMES>(p, [&](const Item& item, int chunk, int slot) {
     wait_free(shared, KEYS_FREE, ring);
     const uint32_t full = barrier_address(shared, KEYS_FULL, ring.stage);
     barrier_arrive_expect(full, 4 * TILE + static_cast<int>(sizeof(ChunkVectors)));
@@ -139,10 +145,10 @@ __device__ __forceinline__ void load_keys(const ChainParameters& p, SharedMemory
 
 // Warp 1, one lane: loads do and P. The state warpgroups are a chunk ahead with these; after the last chunk they get a
 // stage with nothing in it.
-template <int STATE>
+template <int STATE, bool OUTCOMES>
 __device__ __forceinline__ void load_outputs(const ChainParameters& p, SharedMemory<STATE>& shared) {
   Ring ring;
-  for_each_chunk<STATE>(p, [&](const Item& item, int chunk, int slot) {
+  for_each_chunk<STATE, OUTCOMES>(p, [&](const Item& item, int chunk, int slot) {
     wait_free(shared, OUTPUTS_FREE, ring);
     const uint32_t full = barrier_address(shared, OUTPUTS_FULL, ring.stage);
     barrier_arrive_expect(full, TILE + (p.has_do != 0 ? Shape<STATE>::BYTES : 0));
@@ -161,17 +167,19 @@ __device__ __forceinline__ void load_outputs(const ChainParameters& p, SharedMem
   barrier_arrive(barrier_address(shared, OUTPUTS_FULL, ring.stage));
 }
 
-// Warp 3, one lane: loads T and R.
-template <int STATE>
+// Warp 3, one lane: loads T and R, which an outcome does not need.
+template <int STATE, bool OUTCOMES>
 __device__ __forceinline__ void load_tiles(const ChainParameters& p, SharedMemory<STATE>& shared) {
   Ring ring;
-  for_each_chunk<STATE>(p, [&](const Item& item, int, int slot) {
+  for_each_chunk<STATE, OUTCOMES>(p, [&](const Item& item, int, int slot) {
     wait_free(shared, TILES_FREE, ring);
     const uint32_t full = barrier_address(shared, TILES_FULL, ring.stage);
-    barrier_arrive_expect(full, TILE + Shape<STATE>::BYTES);
+    barrier_arrive_expect(full, TILE + (OUTCOMES ? 0 : Shape<STATE>::BYTES));
     bulk_load(shared_address(shared.t[ring.stage]), p.scratch.t + p.scratch.head(slot, item.value_head) * TILE, TILE, full);
-    bulk_load(shared_address(shared.r[ring.stage]),
-              p.scratch.r + p.scratch.block(slot, item.value_head, item.first_block) * TILE, Shape<STATE>::BYTES, full);
+    if constexpr (!OUTCOMES) {
+      bulk_load(shared_address(shared.r[ring.stage]),
+                p.scratch.r + p.scratch.block(slot, item.value_head, item.first_block) * TILE, Shape<STATE>::BYTES, full);
+    }
     ring.template next<Shape<STATE>::STAGES>();
   });
 }
@@ -180,7 +188,7 @@ __device__ __forceinline__ void load_tiles(const ChainParameters& p, SharedMemor
 template <int STATE>
 __device__ __forceinline__ void store_results(const ChainParameters& p, SharedMemory<STATE>& shared, int lane) {
   Ring ring;
-  for_each_chunk<STATE>(p, [&](const Item& item, int chunk, int slot) {
+  for_each_chunk<STATE, false>(p, [&](const Item& item, int chunk, int slot) {
     const int64_t block = p.scratch.block(slot, item.value_head, item.first_block);
     wait_full(shared, DS_FULL, ring);
     if (lane == 0) {
@@ -238,39 +246,44 @@ __device__ __forceinline__ float2 sum_columns(float (&x)[16], int lane) {
   return {x[0], x[1]};
 }
 
-// Where values 64 `turn`.. of an item lie in the states that go from wave to wave.
-template <int STATE>
-__device__ __forceinline__ int64_t carry_at(const ChainParameters& p, const Item& item, int turn) {
+// Where values 64 `turn`.. of an item lie in [HV][V][K] states.
+__device__ __forceinline__ int64_t state_at(const ChainParameters& p, const Item& item, int turn) {
   return (static_cast<int64_t>(item.value_head) * p.scratch.value_blocks + item.first_block + turn) * STATE_BLOCK;
 }
 // The gradient of the state after the item's chunks; returns how many these are.
-template <int STATE>
+template <int STATE, bool OUTCOMES>
 __device__ __forceinline__ int start_item(const ChainParameters& p, int index, int turn, float (&s)[64], int value,
                                           int key) {
-  const Item item = item_at<STATE>(p, index);
-  if (item.sequence >= 0 && !item.ends) {
-    load_state(p.carry_in + carry_at<STATE>(p, item, turn), s, value, key);
+  const Item item = item_at<STATE, OUTCOMES>(p, index);
+  if (!OUTCOMES && item.sequence >= 0 && !item.ends) {
+    load_state(p.starts + item.run * p.start_stride + state_at(p, item, turn), s, value, key);
   } else {
-    load_state(p.dfinal, p.state_v_first != 0, item.sequence >= 0 ? p.dfinal.row(item.sequence, 0) : -1, item.value_head, s,
-               (item.first_block + turn) * VALUES + value, key);
+    const int64_t row = item.sequence >= 0 && item.ends ? p.dfinal.row(item.sequence, 0) : -1;
+    load_state(p.dfinal, p.state_v_first != 0, row, item.value_head, s, (item.first_block + turn) * VALUES + value, key);
   }
   return item.chunks;
 }
 // The gradient of the state before them goes where it belongs.
-template <int STATE>
+template <int STATE, bool OUTCOMES>
 __device__ __forceinline__ void end_item(const ChainParameters& p, int index, int turn, float (&s)[64], int value, int key) {
-  const Item item = item_at<STATE>(p, index);
+  const Item item = item_at<STATE, OUTCOMES>(p, index);
   if (item.sequence < 0) return;
-  if (!item.begins) {
-    store_state(p.carry_out + carry_at<STATE>(p, item, turn), s, value, key);
-    return;
-  }
-  if (p.initial.row(item.sequence, 0) < 0) {
+  if constexpr (OUTCOMES) {
+    const int64_t head = static_cast<int64_t>(item.run) * p.scratch.value_heads + item.value_head;
+    const int blocks = p.scratch.value_blocks + KEYS / VALUES;
+    store_state(p.outcomes + (head * blocks + item.first_block + turn) * STATE_BLOCK, s, value, key);
+  } else {
+    if (!item.begins) {
+      if (p.carry_out != nullptr) store_state(p.carry_out + state_at(p, item, turn), s, value, key);
+      return;
+    }
+    if (p.initial.row(item.sequence, 0) < 0) {
 #pragma unroll
-    for (int i = 0; i < 64; ++i) s[i] = 0.0f;
+      for (int i = 0; i < 64; ++i) s[i] = 0.0f;
+    }
+    store_state(p.dinitial, p.state_v_first != 0, p.dinitial.row(item.sequence, 0), item.value_head, s,
+                (item.first_block + turn) * VALUES + value, key);
   }
-  store_state(p.dinitial, p.state_v_first != 0, p.dinitial.row(item.sequence, 0), item.value_head, s,
-              (item.first_block + turn) * VALUES + value, key);
 }
 
 // d = a b (FIRST) or d += a b, as a group of its own; a is 64 x 4 WORDS, in registers. TRANSPOSED_B: the rows of b lie as
@@ -316,7 +329,7 @@ __device__ __forceinline__ void start_chunk(const ChainParameters& p, SharedMemo
 
 // A state warpgroup: values 64 `turn`.. of the item. The products that do not depend on dS run while the others wait for
 // conversions: do^T P of the next chunk under the rounding of dS, (scale e^gam do)^T Q under that of dV' and of dv.
-template <typename T, int STATE>
+template <typename T, int STATE, bool OUTCOMES>
 __device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory<STATE>& shared, int turn, int warp,
                                           int lane_) {
   constexpr int STAGES = Shape<STATE>::STAGES;
@@ -331,7 +344,7 @@ __device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory
   accumulators_ready(dv);
   arrive(shared, OUTPUTS_FREE, ring_at<STAGES>(0), lane_);
   for (int index = static_cast<int>(blockIdx.x); index < items; index += static_cast<int>(gridDim.x)) {
-    const int chunks = start_item<STATE>(p, index, turn, s, 16 * warp + (lane_ >> 2), 2 * (lane_ & 3));
+    const int chunks = start_item<STATE, OUTCOMES>(p, index, turn, s, 16 * warp + (lane_ >> 2), 2 * (lane_ & 3));
 #pragma unroll
     for (int i = 0; i < 32; ++i) a[i] = pack<T>(s[2 * i], s[2 * i + 1]);
     for (int c = 0; c < chunks; ++c, ++count) {
@@ -342,8 +355,8 @@ __device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory
       const ChunkVectors& vectors = shared.vectors[ring.stage];
 
       // The image of dS1, and dS1^T K^T
-      wait_free(shared, DS_FREE, stores);
-      {
+      if constexpr (!OUTCOMES) {
+        wait_free(shared, DS_FREE, stores);
         const uint32_t tile = shared_address(shared.ds) + turn * STATE_TILE;
         const int value = 16 * warp + (lane & 15), right = lane >> 4;
 #pragma unroll
@@ -356,8 +369,10 @@ __device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory
       const uint32_t tile_k = shared_address(shared.k[ring.stage]), tile_q = shared_address(shared.q[ring.stage]);
       float u[32];
       multiply<T, true, false>(u, a, tile_k);
-      fence_async_shared();
-      arrive(shared, DS_FULL, stores, lane);
+      if constexpr (!OUTCOMES) {
+        fence_async_shared();
+        arrive(shared, DS_FULL, stores, lane);
+      }
 
       // (scale e^gam do)^T Q, the operand as the sum of two rounded ones: its error alone would be most of the error of the
       // initial state's gradient. fp16 lacks the exponents for strong decays: there the power of two of the first token's
@@ -413,8 +428,8 @@ __device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory
       multiply<T, false, true>(s, low, tile_q);
 
       // <dV', R>
-      float sums[16];
-      {
+      if constexpr (!OUTCOMES) {
+        float sums[16];
         const uint32_t tile = shared_address(shared.r[ring.stage]) + turn * TILE + row;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -428,9 +443,9 @@ __device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory
             sums[4 * i + 2 * h + 1] = fmaf(y[1], r0.y, y[3] * r1.y);
           }
         }
+        wait_free(shared, DV_FREE, stores);
+        *reinterpret_cast<float2*>(&shared.dbeta[turn][warp][2 * lane]) = sum_columns(sums, lane);
       }
-      wait_free(shared, DV_FREE, stores);
-      *reinterpret_cast<float2*>(&shared.dbeta[turn][warp][2 * lane]) = sum_columns(sums, lane);
 
       wgmma_wait<1>();
       accumulators_ready(dv);
@@ -446,7 +461,7 @@ __device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory
         w[2 * j + 1] = pack<T>(f0 * dv[4 * j + 2], f1 * dv[4 * j + 3]);
       }
       multiply<T, false, true>(s, w, tile_k);
-      {
+      if constexpr (!OUTCOMES) {
         const uint32_t tile = shared_address(shared.dv) + turn * TILE + row;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -454,9 +469,9 @@ __device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory
           store_matrices_transposed(tile + i * 2048, pack<T>(y[0], y[1]), pack<T>(y[2], y[3]), pack<T>(y[4], y[5]),
                                     pack<T>(y[6], y[7]));
         }
+        fence_async_shared();
+        arrive(shared, DV_FULL, stores, lane);
       }
-      fence_async_shared();
-      arrive(shared, DV_FULL, stores, lane);
 
       const Ring next = ring_at<STAGES>(count + 1);
       start_chunk<T, STATE>(p, shared, next, turn, row, x, dv);
@@ -475,13 +490,13 @@ __device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory
       accumulators_ready(dv);
       arrive(shared, OUTPUTS_FREE, next, lane);
     }
-    end_item<STATE>(p, index, turn, s, 16 * warp + (lane_ >> 2), 2 * (lane_ & 3));
+    end_item<STATE, OUTCOMES>(p, index, turn, s, 16 * warp + (lane_ >> 2), 2 * (lane_ & 3));
   }
 }
 
 }  // namespace chain
 
-template <typename T, int STATE>
+template <typename T, int STATE, bool OUTCOMES>
 __global__ void __launch_bounds__(chain::Shape<STATE>::THREADS, 1) chain_kernel(const __grid_constant__ ChainParameters p) {
   using namespace chain;
   using S = Shape<STATE>;
@@ -501,17 +516,17 @@ __global__ void __launch_bounds__(chain::Shape<STATE>::THREADS, 1) chain_kernel(
   if (warpgroup == 0) {
     if constexpr (STATE == 2) fewer_registers<S::PRODUCER_REGISTERS>();
     if (warp == 0) {
-      if (lane == 0) load_keys(p, shared);
+      if (lane == 0) load_keys<STATE, OUTCOMES>(p, shared);
     } else if (warp == 1) {
-      if (lane == 0) load_outputs(p, shared);
+      if (lane == 0) load_outputs<STATE, OUTCOMES>(p, shared);
     } else if (warp == 2) {
-      store_results(p, shared, lane);
+      if constexpr (!OUTCOMES) store_results(p, shared, lane);
     } else {
-      if (lane == 0) load_tiles(p, shared);
+      if (lane == 0) load_tiles<STATE, OUTCOMES>(p, shared);
     }
   } else {
     if constexpr (STATE == 2) more_registers<S::STATE_REGISTERS>();
-    run_state<T>(p, shared, warpgroup - 1, warp, lane);
+    run_state<T, STATE, OUTCOMES>(p, shared, warpgroup - 1, warp, lane);
   }
 }
 

@@ -12,18 +12,22 @@ struct ChainParameters {
   CUtensorMap q, k, do_, dv;
   int has_do, has_dv;  // absent: do counts as zero, dv is not stored (its scratch is)
   Sequences sequences;
-  Scratch scratch;    // vectors, t, p, r are read; ds, dv, dbeta are written
-  const Run* pieces;  // [piece_count]
-  int piece_count;
+  Scratch scratch;  // vectors, t, p, r are read; ds, dv, dbeta are written
+  const Run* runs;  // [run_count]: pieces, or segments
+  int run_count;
   int heads;
-  // A piece that ends its sequence starts from the gradient of the final state (absent: zero), another from `carry_in`; one
-  // that begins its sequence leaves the gradient of the initial state (if that is wanted: zero where the sequence had no
-  // initial state), another `carry_out`. At most one sequence goes on in the next wave.
+  // A run that ends its sequence starts from the gradient of the final state (absent: zero), another from `starts`; one that
+  // begins its sequence leaves the gradient of the initial state (if that is wanted: zero where the sequence had no initial
+  // state), another leaves `carry_out`, unless null.
   Pool initial, dfinal, dinitial;
   int state_v_first;
-  const float* carry_in;  // [HV][V][K]
-  float* carry_out;       // [HV][V][K]
+  const float* starts;   // [HV][V][K], of run r from element r * start_stride on
+  int64_t start_stride;  // 0: one for all, as at most one sequence goes on in the next wave
+  float* carry_out;      // [HV][V][K]
   float scale;
+  // Unless null, this is a pre-pass: of all results only these are left, the gradients of the state before every run that
+  // does not begin its sequence. Runs that do not end theirs start from zero; neither `starts` nor r is read.
+  float* outcomes = nullptr;  // [run_count][HV][V + K][K]: the rows of V
 };
 
 fd_status launch_chain(const ChainParameters&, bool bfloat16, int sm_count, void* stream);

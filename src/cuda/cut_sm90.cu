@@ -90,6 +90,11 @@ __device__ Run run_of(const CutParameters& p, const WaveBounds& wave, int64_t n,
   return {static_cast<int>(n), static_cast<int>(chunk), static_cast<int>(chunks), static_cast<int>(slot)};
 }
 
+// Of a sequence without chunks.
+__device__ Run empty_run(const WaveBounds& wave, int64_t n, const Span& s) {
+  return s.start >= wave.begin && s.start < wave.end ? Run{static_cast<int>(n), 0, 0, 0} : NOTHING;
+}
+
 __device__ ChunkPlace chunk_at(const CutParameters& p, const WaveBounds& wave, int64_t slot) {
   const int64_t n = sequence_at(p, wave, slot, CHUNK);
   if (n < 0) return {-1, 0, 0, 0};
@@ -109,6 +114,7 @@ __device__ Run segment_at(const CutParameters& p, const WaveBounds& wave, int64_
   if (n < 0) return NOTHING;
   const Span s = span(p.sequences, n);
   const int64_t segment = slot - first_slot(wave, s.start, n, SEGMENT);
+  if (s.tokens == 0) return segment == 0 ? empty_run(wave, n, s) : NOTHING;
   const Segments segments = segments_in(wave, s);
   if (segment < segments.first || segment >= segments.last) return NOTHING;
   return run_of(p, wave, n, s, segment, segment + 1);
@@ -118,9 +124,7 @@ __device__ Run piece_at(const CutParameters& p, const WaveBounds& wave, int64_t 
   const int64_t n = wave.first + i;
   if (n >= p.sequences.N) return NOTHING;
   const Span s = span(p.sequences, n);
-  if (s.tokens == 0) {
-    return s.start >= wave.begin && s.start < wave.end ? Run{static_cast<int>(n), 0, 0, 0} : NOTHING;
-  }
+  if (s.tokens == 0) return empty_run(wave, n, s);
   const Segments segments = segments_in(wave, s);
   return segments.first < segments.last ? run_of(p, wave, n, s, segments.first, segments.last) : NOTHING;
 }

@@ -89,6 +89,10 @@ __device__ __forceinline__ Item make_item(const StatesParameters& p, int index, 
   item.slot = run.slot + skipped;
   const TokenRange range = p.sequences[run.sequence];
   item.tokens = static_cast<int>(range.end - range.begin);
+  if (p.transitions != nullptr && item.stores == 0 &&
+      (run.first_chunk == 0 || (run.first_chunk + run.chunks) * CHUNK >= item.tokens)) {
+    item.sequence = -1;
+  }
   item.batch = range.batch;
   item.begin = range.begin;
   return item;
@@ -316,6 +320,14 @@ __device__ __forceinline__ void run_state(const StatesParameters& p, SharedMemor
     if (p.outcomes != nullptr) {
       const int64_t state = int64_t{item.run} * p.scratch.value_heads + item.value_head;
       store_state(p.outcomes + (state * p.row_blocks + item.block + turn) * STATE_BLOCK, s, value, column);
+    }
+    if (p.transitions != nullptr && item.stores == 0) {
+      const int64_t state = int64_t{item.run} * p.scratch.value_heads + item.value_head;
+      const int row = (item.block + turn - p.scratch.value_blocks) * VALUES + value;
+      float* transition =
+          p.transitions + (state * p.row_blocks + p.scratch.value_blocks) * STATE_BLOCK + column * KEYS + row;
+#pragma unroll
+      for (int i = 0; i < 64; ++i) transition[(8 * (i / 4) + (i & 1)) * KEYS + (i & 2) * 4] = s[i];
     }
     arrive(shared, ITEM_FREE, items, lane);
     items.next<S::ITEMS>();

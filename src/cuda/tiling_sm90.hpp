@@ -41,7 +41,7 @@ struct Run {
 // Tables on the device, one after another for each wave.
 struct Tables {
   ChunkPlace* chunks;  // [waves, chunk_slots]
-  Run* segments;       // [waves, segment_slots]: a segment each
+  Run* segments;       // [waves, segment_slots]: a segment each, those of a sequence next to each other
   Run* pieces;         // [waves, sequence_slots]: a sequence's chunks in the wave
 };
 

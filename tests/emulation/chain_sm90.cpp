@@ -23,15 +23,16 @@ fd_status chain(const fd_backward_args& args, const cuda::Scratch& scratch, cons
       .has_dv = args.dv.data != nullptr,
       .sequences = cuda::Sequences(args),
       .scratch = scratch,
-      .pieces = nullptr,
-      .piece_count = 0,
+      .runs = nullptr,
+      .run_count = 0,
       .heads = static_cast<int>(problem.H),
       .initial = cuda::Pool(args.initial_state, problem.initial_dtype, problem.initial_rows, args.initial_index,
                             problem.index_dtype, problem.initial_slots),
       .dfinal = cuda::Pool(args.dfinal_state, problem.final_dtype, problem.N, {}, problem.index_dtype, 0),
       .dinitial = cuda::Pool(args.dinitial_state, problem.initial_dtype, problem.N, {}, problem.index_dtype, 0),
       .state_v_first = problem.state_v_first,
-      .carry_in = nullptr,
+      .starts = nullptr,
+      .start_stride = 0,
       .carry_out = nullptr,
       .scale = static_cast<float>(problem.scale)};
   fd_status status = cuda::tensor_map(p.q, "q", args.q, problem, packed, problem.H, problem.K);
@@ -46,9 +47,9 @@ fd_status chain(const fd_backward_args& args, const cuda::Scratch& scratch, cons
   const auto state = static_cast<std::size_t>(problem.HV * problem.V * problem.K);
   std::vector<float> in(state, std::numeric_limits<float>::quiet_NaN()), out(in);
   for (auto wave = waves.rbegin(); status == FD_OK && wave != waves.rend(); ++wave) {
-    p.pieces = wave->data();
-    p.piece_count = static_cast<int>(wave->size());
-    p.carry_in = in.data();
+    p.runs = wave->data();
+    p.run_count = static_cast<int>(wave->size());
+    p.starts = in.data();
     p.carry_out = out.data();
     status = cuda::launch_chain(p, problem.dtype == FD_BFLOAT16, sm_count, nullptr);
     std::swap(in, out);

@@ -21,7 +21,7 @@ void expect_cut(const std::vector<CutWave>& waves, const std::vector<std::int64_
                 const std::vector<std::int64_t>& lengths) {
   std::set<std::pair<int, int>> chunks, segments;
   std::map<int, int> next_piece_end;  // of each sequence, from the last wave to the first
-  std::set<int> empty;
+  std::set<int> empty, empty_segments;
   int across = 0;
   for (std::size_t w = waves.size(); w-- > 0;) {
     std::map<std::pair<int, int>, int> slots;
@@ -45,11 +45,21 @@ void expect_cut(const std::vector<CutWave>& waves, const std::vector<std::int64_
       }
     };
     std::map<int, int> in_segments;
-    for (const CutRun& run : waves[w].segments) {
+    for (std::size_t i = 0; i < waves[w].segments.size(); ++i) {
+      const CutRun& run = waves[w].segments[i];
       ASSERT_GE(run.sequence, -1);
       if (run.sequence < 0) continue;
-      EXPECT_EQ(run.first_chunk % SEGMENT_CHUNKS, 0);
       const int all = chunks_of(lengths[static_cast<std::size_t>(run.sequence)]);
+      if (all == 0) {
+        EXPECT_TRUE(empty_segments.insert(run.sequence).second);
+        EXPECT_EQ(run.chunks, 0);
+        continue;
+      }
+      EXPECT_EQ(run.first_chunk % SEGMENT_CHUNKS, 0);
+      if (in_segments[run.sequence] > 0) {  // they lie next to each other
+        EXPECT_EQ(waves[w].segments[i - 1].sequence, run.sequence);
+        EXPECT_EQ(waves[w].segments[i - 1].first_chunk + SEGMENT_CHUNKS, run.first_chunk);
+      }
       EXPECT_EQ(run.chunks, std::min(SEGMENT_CHUNKS, all - run.first_chunk));
       EXPECT_TRUE(segments.insert({run.sequence, run.first_chunk}).second);
       in_segments[run.sequence] += run.chunks;
@@ -84,6 +94,7 @@ void expect_cut(const std::vector<CutWave>& waves, const std::vector<std::int64_
   }
   EXPECT_EQ(chunks.size(), all_chunks);
   EXPECT_EQ(empty.size(), all_empty);
+  EXPECT_EQ(empty_segments.size(), all_empty);
   EXPECT_LT(across, static_cast<int>(waves.size()));  // one sequence at most goes on from wave to wave
 }
 

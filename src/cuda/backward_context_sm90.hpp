@@ -1,0 +1,35 @@
+// The backward's context parallelism: segments of a sequence are walked back by several SMs at once. A segment's gradient of
+// the state before it is affine in that after it, dS_in = M^T dS_out + C, so that all of them follow from a pre-pass:
+//
+//   states  beside S and R, M of every segment that neither begins nor ends its sequence  (states_sm90.hpp)
+//   chain   C of every segment that does not begin its sequence, from zero; where it ends it, dS_in itself  (chain_sm90.hpp)
+//   fold    gradients after all segments but the last, from segment to segment
+//
+// and the chain then walks the segments as if each was a sequence. See docs/kernels.md.
+#pragma once
+
+#include "backend.hpp"
+#include "cuda/tiling_sm90.hpp"
+
+namespace flashdelta::cuda {
+
+// Whether the segments of such a call are walked at once. Pure, and no function of the limit on the workspace, on which no
+// result may depend.
+bool splits_backward(const fd_problem&);
+
+// The fold of a wave's pieces, each from its last segment to its first.
+struct GradientFoldParameters {
+  Sequences sequences;
+  const Run* pieces;    // [piece_count]
+  const Run* segments;  // [segment_count]
+  int piece_count, segment_count;
+  int value_heads, values;
+  const float* outcomes;  // [segment_count][HV][V + K][K]: C, then M, which takes the gradient's rows from the left
+  float* starts;          // [segment_count][HV][V][K]: the gradient after every segment that does not end its sequence
+  const float* carry_in;  // [HV][V][K]: after a piece that does not end its sequence
+  float* carry_out;       // [HV][V][K]: before a piece that does not begin its sequence
+};
+
+fd_status launch_gradient_fold(const GradientFoldParameters&, void* stream);
+
+}  // namespace flashdelta::cuda
