@@ -153,7 +153,6 @@ const Backend sm90_backend = {
     .forward = cuda::forward,
     .backward = cuda::backward,
     .step = cuda::no_step,
-    .verified = false,
 };
 
 }  // namespace flashdelta

@@ -641,7 +641,6 @@ const Backend cuda_backend = {
     .forward = cuda::not_here<fd_forward_args>,
     .backward = cuda::not_here<fd_backward_args>,
     .step = cuda::step,
-    .verified = false,
 };
 
 }  // namespace flashdelta
