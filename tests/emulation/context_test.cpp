@@ -67,7 +67,7 @@ TEST_P(EmulatedContext, MatchesTheReferenceHoweverSequencesAreCut) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(, EmulatedContext, ::testing::ValuesIn(emulated_cases(250)),
+INSTANTIATE_TEST_SUITE_P(, EmulatedContext, ::testing::ValuesIn(emulated_cases(200)),
                          case_name<::testing::TestParamInfo<Case>>);
 
 // --- the gate-driven shortcut
