@@ -2,6 +2,7 @@
 #include "cuda/block_sm90.cuh"
 #include "cuda/context_kernels_sm90.hpp"
 #include "cuda/device.hpp"
+#include "cuda/fold_sm90.cuh"
 #include "cuda/ptx.cuh"
 
 namespace flashdelta::cuda {
@@ -92,28 +93,18 @@ namespace {
 
 // --- fold: a block for 8 values of each (cut sequence, value head)
 
-constexpr int FOLD_ROWS = 8, FOLD_WARPS = 8, FOLD_THREADS = 32 * FOLD_WARPS;
-
-struct FoldMemory {
-  alignas(128) float transitions[2][KEYS][KEYS];
-  float state[FOLD_ROWS][KEYS];
-  float parts[FOLD_WARPS][FOLD_ROWS][KEYS];  // a warp's share of a product's sums
-  int exact[MOST_RUNS];                      // whether a run has a transition
-  uint64_t barriers[1][2];                   // transitions: copy engine -> all
+struct StateFoldMemory {
+  FoldMemory fold;
+  int exact[MOST_RUNS];  // whether a run has a transition
 };
-
-// a + s x
-__device__ __forceinline__ float4 plus(const float4& a, float s, const float4& x) {
-  return make_float4(fmaf(s, x.x, a.x), fmaf(s, x.y, a.y), fmaf(s, x.z, a.z), fmaf(s, x.w, a.w));
-}
 
 }  // namespace
 
-// Run after run of the chain: state before run i + 1 = (state before run i) M_i + B_i, in fp32. A warp has 16 keys of the
-// sums; then a thread adds the warps' shares of four keys of a row. Transitions are loaded while those before are used.
+// Run after run of the chain: state before run i + 1 = (state before run i) M_i + B_i. Transitions are loaded
+// while those before are used.
 __global__ void __launch_bounds__(FOLD_THREADS) fold_kernel(const __grid_constant__ FoldParameters p) {
   extern __shared__ __align__(1024) uint8_t raw[];
-  auto& shared = *reinterpret_cast<FoldMemory*>(raw);
+  auto& shared = *reinterpret_cast<StateFoldMemory*>(raw);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   wait_for_earlier_kernels();
   const int groups = p.values / FOLD_ROWS, per_chain = p.value_heads * groups;
@@ -129,23 +120,19 @@ __global__ void __launch_bounds__(FOLD_THREADS) fold_kernel(const __grid_constan
   if (thread < chain.runs) {
     shared.exact[thread] = thread > 0 && thread + 1 < chain.runs && p.windows[outcome_of(thread)] < 0 ? 1 : 0;
   }
-  if (thread == 0) init_barriers(shared, {1});
+  if (thread == 0) init_barriers(shared.fold, {1});
   __syncthreads();
   Ring ring, ahead;
   int coming = 0;  // run whose transition may be loaded next, if it has one
-  const auto load_transition = [&] {
+  const auto load_next = [&] {
     while (coming < chain.runs && shared.exact[coming] == 0) ++coming;
     if (coming == chain.runs) return;
-    const uint32_t full = barrier_address(shared, 0, ahead.stage);
-    barrier_arrive_expect(full, sizeof(shared.transitions[0]));
-    bulk_load(shared_address(shared.transitions[ahead.stage]), rows_of(coming) + static_cast<int64_t>(p.values) * KEYS,
-              sizeof(shared.transitions[0]), full);
-    ahead.next<2>();
+    load_transition(shared.fold, ahead, rows_of(coming) + static_cast<int64_t>(p.values) * KEYS);
+    ahead.next<FOLD_STAGES>();
     ++coming;
   };
   if (thread == 0) {
-    load_transition();
-    load_transition();
+    for (int i = 0; i < FOLD_STAGES; ++i) load_next();
   }
 
   float4 state = make_float4(0, 0, 0, 0);
@@ -164,32 +151,9 @@ __global__ void __launch_bounds__(FOLD_THREADS) fold_kernel(const __grid_constan
       state = b;
       continue;
     }
-    *reinterpret_cast<float4*>(&shared.state[warp][key]) = state;
-    __syncthreads();
-    wait_full(shared, 0, ring);
-    const auto& transition = shared.transitions[ring.stage];
-    float4 sum[FOLD_ROWS] = {};
-#pragma unroll
-    for (int j = 4 * warp; j < KEYS; j += 4 * FOLD_WARPS) {
-      float4 m[4];
-#pragma unroll
-      for (int e = 0; e < 4; ++e) m[e] = *reinterpret_cast<const float4*>(&transition[j + e][key]);
-#pragma unroll
-      for (int row = 0; row < FOLD_ROWS; ++row) {
-        const float4 s = *reinterpret_cast<const float4*>(&shared.state[row][j]);
-        sum[row] = plus(plus(plus(plus(sum[row], s.x, m[0]), s.y, m[1]), s.z, m[2]), s.w, m[3]);
-      }
-    }
-#pragma unroll
-    for (int row = 0; row < FOLD_ROWS; ++row) *reinterpret_cast<float4*>(&shared.parts[warp][row][key]) = sum[row];
-    __syncthreads();
-    if (thread == 0) load_transition();
-    ring.next<2>();
-    state = b;
-#pragma unroll
-    for (int w = 0; w < FOLD_WARPS; ++w) {
-      state = plus(state, 1.0f, *reinterpret_cast<const float4*>(&shared.parts[w][warp][key]));
-    }
+    state = next_state(shared.fold, ring, state, b, warp, lane);
+    ring.next<FOLD_STAGES>();
+    if (thread == 0) load_next();
   }
   allow_later_kernels();
 }
@@ -207,7 +171,7 @@ fd_status launch_fold(const FoldParameters& p, int64_t chains, void* stream) {
   const Launch config{.name = "fold_kernel",
                       .grid = dim3(static_cast<unsigned>(chains * p.value_heads * (p.values / FOLD_ROWS))),
                       .block = dim3(FOLD_THREADS),
-                      .shared = sizeof(FoldMemory)};
+                      .shared = sizeof(StateFoldMemory)};
   return launch(fold_kernel, config, p, stream);
 }
 
