@@ -115,19 +115,20 @@ fd_status forward(const fd_forward_args& args, void* workspace, void* stream) {
   };
   const int shape = shape_of_sequences(p, device->sm_count);
   const bool all_at_once = p.N * p.HV * (p.V / (VALUES * shape)) <= device->sm_count;
-  if (!may_split(p) && (p.N == 1 || all_at_once)) return walk(shape, p.N);
+  const RunLimits most = run_limits(p);
+  if (!most.split() && (p.N == 1 || all_at_once)) return walk(shape, p.N);
 
   ForwardRuns runs;
-  status = plan_runs(args, parameters.k, parameters.v, runs, device->sm_count, workspace, stream);
+  status = plan_runs(args, most, parameters.k, parameters.v, runs, device->sm_count, workspace, stream);
   if (status != FD_OK) return status;
   parameters.runs = runs.runs;
   parameters.run_count = runs.count[0];
   parameters.starts = runs.starts;
   parameters.next_item = runs.next_item;
-  status = walk(shape, runs.most);
+  status = walk(shape, most.runs);
   if (status != FD_OK || runs.count[1] == nullptr) return status;
   parameters.run_count = runs.count[1];
-  return walk(shape_of_runs(p), runs.most);
+  return walk(shape_of_runs(p), most.runs);
 }
 
 fd_status backward(const fd_backward_args& args, void* workspace, void* stream) {

@@ -9,6 +9,15 @@
 #include "cuda/states_sm90.hpp"
 
 namespace flashdelta::cuda {
+
+// Two blocks of half the values double the SMs at work on a head; they lose once whole blocks alone fill the chip, because
+// Q K^T and K K^T are then computed twice.
+int shape_of_sequences(const fd_problem& p, int sm_count) {
+  return p.V % (2 * VALUES) != 0 || p.N * p.HV * (p.V / VALUES) <= sm_count ? 1 : 2;
+}
+
+int shape_of_runs(const fd_problem& p) { return p.V % (2 * VALUES) != 0 ? 1 : 2; }
+
 namespace {
 
 constexpr int MOST_SMS = 132;  // of a Hopper GPU: whether sequences may be cut, and workspaces, do not depend on the device
@@ -16,20 +25,6 @@ constexpr int MIN_RUN = 2;     // chunks
 constexpr int64_t MOST_SEQUENCES = 1 << 20;
 constexpr int MOST_CHUNKS = 1 << 25;
 constexpr int LIKELY_WINDOW = 5;  // chunks, where gates decay as in trained models: for the host, which sees no gates
-
-// How much of everything there may be.
-struct Limits {
-  int64_t runs, pre_runs, chunks, chains, starts;
-};
-Limits limits(const fd_problem& p) {
-  const int64_t chunks = p.N == p.B ? p.B * ((p.T + CHUNK - 1) / CHUNK) : p.T / CHUNK + p.N;
-  if (!may_split(p)) return {p.N, 0, chunks, 0, 0};
-  // Runs that fill the largest GPU three times are as many as can be useful.
-  const int64_t blocks = p.HV * ((p.V + 2 * VALUES - 1) / (2 * VALUES));
-  const int64_t pre_runs = std::min((3 * MOST_SMS + blocks - 1) / blocks, chunks / MIN_RUN);
-  const int64_t chains = std::min(p.N, pre_runs);
-  return {p.N + pre_runs, pre_runs, chunks, chains, chains + pre_runs};
-}
 
 // The workspace's arrays, one after another; from a null pointer on it only counts.
 struct Workspace {
@@ -46,17 +41,15 @@ struct Workspace {
   float* starts;    // [starts][HV][V][K]
   std::size_t bytes;
 
-  Workspace(const fd_problem& p, void* memory)
-      : pre_runs(), chains(), chunks(), windows(), needed(), vectors(), t(), outcomes(), starts() {
-    const Limits most = limits(p);
-    bytes = 0;
+  Workspace(const fd_problem& p, const RunLimits& most, void* memory)
+      : pre_runs(), chains(), chunks(), windows(), needed(), vectors(), t(), outcomes(), starts(), bytes(0) {
     const auto take = [&](auto*& array, int64_t count) {
       array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(reinterpret_cast<uintptr_t>(memory) + bytes);
       bytes += (static_cast<std::size_t>(count) * sizeof(*array) + 255) / 256 * 256;
     };
     take(plan, 1);
     take(runs, most.runs);
-    if (most.pre_runs == 0) return;
+    if (!most.split()) return;
     take(pre_runs, most.pre_runs);
     take(chains, most.chains);
     take(chunks, most.chunks);
@@ -86,26 +79,23 @@ Cut cut_equally(int64_t sequences, int chunks, int length) {
   return cut;
 }
 
-// Cycles of the best way to cut `sequences` of as many chunks each, with these heads.
+// Cycles of a good way to cut `sequences` of as many chunks each, with these heads: into runs that fill the device once,
+// twice,
+// ...
 float best_split(const Machine& m, int64_t sequences, int chunks, const Heads& heads) {
   float best = std::numeric_limits<float>::infinity();
-  for (int runs = 2; runs <= MOST_RUNS && chunks / runs >= MIN_RUN; ++runs) {
+  const int most = std::min(MOST_RUNS, chunks / MIN_RUN);
+  for (int rounds = 1; rounds <= 8; ++rounds) {
+    const int64_t fill = rounds * m.sm_count / (sequences * m.value_heads * m.blocks);
+    const auto runs = static_cast<int>(std::clamp<int64_t>(fill, 2, most));
     const Cut cut = cut_equally(sequences, chunks, (chunks + runs - 1) / runs);
     best = std::min(best, forward_cost(m, cut) + pre_pass_cost(m, cut, heads));
+    if (runs == most) break;
   }
   return best;
 }
 
-}  // namespace
-
-// Two blocks of half the values double the SMs at work on a head; they lose once whole blocks alone fill the chip, because
-// Q K^T and K K^T are then computed twice.
-int shape_of_sequences(const fd_problem& p, int sm_count) {
-  return p.V % (2 * VALUES) != 0 || p.N * p.HV * (p.V / VALUES) <= sm_count ? 1 : 2;
-}
-
-int shape_of_runs(const fd_problem& p) { return p.V % (2 * VALUES) != 0 ? 1 : 2; }
-
+// Whether sequences are cut if what lies on the device makes it worth while.
 bool may_split(const fd_problem& p) {
   const int64_t longest = (p.T + CHUNK - 1) / CHUNK;
   if (p.context_parallel == FD_CONTEXT_OFF || longest < 2 * MIN_RUN || p.N > MOST_SEQUENCES || p.HV > MOST_SPLIT_HEADS ||
@@ -130,14 +120,28 @@ bool may_split(const fd_problem& p) {
   return best_split(split, 1, chunks, decaying) <= 0.9f * plain(1, chunks) && Costs::EMPTY <= 0.03f * plain(p.N, equal);
 }
 
-std::size_t runs_workspace(const fd_problem& p) { return p.N > 1 || may_split(p) ? Workspace(p, nullptr).bytes : 0; }
+}  // namespace
+
+RunLimits run_limits(const fd_problem& p) {
+  const int64_t chunks = p.N == p.B ? p.B * ((p.T + CHUNK - 1) / CHUNK) : p.T / CHUNK + p.N;
+  if (!may_split(p)) return {p.N, 0, chunks, 0, 0};
+  // Runs that fill the largest GPU three times are as many as can be useful.
+  const int64_t blocks = p.HV * ((p.V + 2 * VALUES - 1) / (2 * VALUES));
+  const int64_t pre_runs = std::min((3 * MOST_SMS + blocks - 1) / blocks, chunks / MIN_RUN);
+  const int64_t chains = std::min(p.N, pre_runs);
+  return {p.N + pre_runs, pre_runs, chunks, chains, chains + pre_runs};
+}
+
+std::size_t runs_workspace(const fd_problem& p) {
+  const RunLimits most = run_limits(p);
+  return p.N > 1 || most.split() ? Workspace(p, most, nullptr).bytes : 0;
+}
 
 namespace {
 
-PlanParameters plan_parameters(const fd_forward_args& args, const Workspace& w, int sm_count) {
+PlanParameters plan_parameters(const fd_forward_args& args, const RunLimits& most, const Workspace& w, int sm_count) {
   const fd_problem& p = *args.problem;
-  const bool split = may_split(p);
-  const Limits most = limits(p);
+  const bool split = most.split();
   const int whole = shape_of_sequences(p, sm_count), cut = shape_of_runs(p);
   // Each run of the pre-pass has its room where runs have at least so many chunks.
   const int64_t shortest = split ? std::max<int64_t>(MIN_RUN, (most.chunks + most.pre_runs - 1) / most.pre_runs) : 1;
@@ -161,16 +165,15 @@ PlanParameters plan_parameters(const fd_forward_args& args, const Workspace& w, 
 
 }  // namespace
 
-fd_status plan_runs(const fd_forward_args& args, const CUtensorMap& k, const CUtensorMap& v, ForwardRuns& runs, int sm_count,
-                    void* workspace, void* stream) {
+fd_status plan_runs(const fd_forward_args& args, const RunLimits& most, const CUtensorMap& k, const CUtensorMap& v,
+                    ForwardRuns& runs, int sm_count, void* workspace, void* stream) {
   const fd_problem& p = *args.problem;
-  const Workspace w(p, workspace);
-  const Limits most = limits(p);
-  const PlanParameters plan = plan_parameters(args, w, sm_count);
+  const Workspace w(p, most, workspace);
+  const PlanParameters plan = plan_parameters(args, most, w, sm_count);
   const int* second = plan.shapes == 2 ? &w.plan->runs[1] : nullptr;
-  runs = {w.runs, {&w.plan->runs[0], second}, most.runs, w.starts, &w.plan->next_item};
+  runs = {w.runs, {&w.plan->runs[0], second}, w.starts, &w.plan->next_item};
   fd_status status = launch_plan(plan, stream);
-  if (status != FD_OK || !may_split(p)) return status;
+  if (status != FD_OK || !most.split()) return status;
 
   const bool bfloat16 = p.dtype == FD_BFLOAT16, l2norm = p.qk_l2norm != 0;
   const auto heads = static_cast<int>(p.H), value_heads = static_cast<int>(p.HV), values = static_cast<int>(p.V);

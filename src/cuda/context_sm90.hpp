@@ -20,8 +20,16 @@ namespace flashdelta::cuda {
 int shape_of_sequences(const fd_problem&, int sm_count);
 int shape_of_runs(const fd_problem&);
 
-// Whether sequences of such a call are cut, if what lies on the device makes it worth while. Pure.
-bool may_split(const fd_problem&);
+// How much of everything a call may need at most. Pure.
+struct RunLimits {
+  int64_t runs;      // of the forward
+  int64_t pre_runs;  // of the pre-pass; 0: no sequence is cut
+  int64_t chunks;    // of all sequences
+  int64_t chains;    // sequences that are cut
+  int64_t starts;    // their runs
+  bool split() const { return pre_runs > 0; }
+};
+RunLimits run_limits(const fd_problem&);
 
 // Bytes of `plan_runs`'s workspace. Pure.
 std::size_t runs_workspace(const fd_problem&);
@@ -31,14 +39,13 @@ std::size_t runs_workspace(const fd_problem&);
 struct ForwardRuns {
   const ForwardRun* runs;
   const int* count[2];
-  int64_t most;  // runs
   const float* starts;
   unsigned int* next_item;
 };
 
 // Enqueues what comes before the forward: puts the runs in order and, if sequences may be cut, finds their first states. `k`
 // and `v`: tensor maps. The workspace may hold anything.
-fd_status plan_runs(const fd_forward_args&, const CUtensorMap& k, const CUtensorMap& v, ForwardRuns&, int sm_count,
-                    void* workspace, void* stream);
+fd_status plan_runs(const fd_forward_args&, const RunLimits&, const CUtensorMap& k, const CUtensorMap& v, ForwardRuns&,
+                    int sm_count, void* workspace, void* stream);
 
 }  // namespace flashdelta::cuda

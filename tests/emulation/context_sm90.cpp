@@ -25,8 +25,9 @@ using std::min;
 namespace flashdelta::emulation {
 
 ContextCounts read_context_counts(const fd_problem& p, void* workspace) {
-  if (!cuda::may_split(p)) return {};
-  const cuda::Workspace w(p, workspace);
+  const cuda::RunLimits most = cuda::run_limits(p);
+  if (!most.split()) return {};
+  const cuda::Workspace w(p, most, workspace);
   ContextCounts counts;
   counts.runs = w.plan->runs[0] + w.plan->runs[1];
   counts.pre_runs = w.plan->pre_runs;
@@ -52,15 +53,16 @@ std::optional<ContextCounts> plan(const std::vector<std::int64_t>& lengths, std:
   given.dtype = FD_BFLOAT16;
   given.gate = FD_GATE_LOG;
   const fd_problem problem = normalise(Operation::forward, given);
-  if (!cuda::may_split(problem)) return std::nullopt;
+  const cuda::RunLimits most = cuda::run_limits(problem);
+  if (!most.split()) return std::nullopt;
   fd_forward_args args = {};
   args.problem = &problem;
   args.g = {g.data(), {0, HV, 1, 0}};
   args.cu_seqlens = cu_seqlens.data();
   // As large as the query says, but never touched where only later kernels write.
   const std::unique_ptr<unsigned char[]> memory(new unsigned char[cuda::runs_workspace(problem)]);
-  const cuda::Workspace w(problem, memory.get());
-  if (cuda::launch_plan(cuda::plan_parameters(args, w, sm_count), nullptr) != FD_OK)
+  const cuda::Workspace w(problem, most, memory.get());
+  if (cuda::launch_plan(cuda::plan_parameters(args, most, w, sm_count), nullptr) != FD_OK)
     throw std::runtime_error(fd_last_error());
   std::fill_n(w.windows, w.plan->pre_runs * HV, -1);
   return read_context_counts(problem, memory.get());
