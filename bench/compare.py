@@ -181,14 +181,16 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def host_microseconds(call: Call, device: str, calls: int = 10) -> float:
-    synchronize(device)
-    start = time.perf_counter()
+def host_microseconds(call: Call, device: str, calls: int = 15) -> float:
+    """Median host time of a call while the device is idle: more calls in flight than its queue holds would wait."""
+    times = []
     for _ in range(calls):
+        synchronize(device)
+        start = time.perf_counter()
         call()
-    elapsed = time.perf_counter() - start
+        times.append((time.perf_counter() - start) * 1e6)
     synchronize(device)
-    return elapsed / calls * 1e6
+    return statistics.median(times)
 
 
 def difference(got: Any, expected: Any) -> float:
@@ -466,6 +468,7 @@ def merge(output: Path, inputs: list[Path]) -> int:
         merged["context"] |= part["context"]
         merged["context"]["commands"] = [*commands, *([command] if command else [])]
         for entry in part["benchmarks"]:
+            entry["name"] = re.sub(r"/iterations:\d+(/manual_time)?$", "", entry["name"])  # as Google Benchmark names a row
             if "error_occurred" not in entry or entry["name"] not in entries:
                 entries[entry["name"]] = {"commit": part["context"].get("commit"), **entry}
     merged["benchmarks"] = list(entries.values())

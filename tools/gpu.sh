@@ -63,9 +63,12 @@ sanitizer() {
   local found
   found=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -1)
   [ -n "$found" ] || { echo "compute-sanitizer is not installed"; return 1; }
+  local status=0
   for test in "$programs"/gpu*_test; do
-    LD_LIBRARY_PATH=$pack/lib "$found" --tool "$1" --error-exitcode 9 --print-limit 20 "$test" --gtest_filter='*Small*' || return $?
+    LD_LIBRARY_PATH=$pack/lib "$found" --tool "$1" --error-exitcode 9 --print-limit 20 "$test" --gtest_filter='*Small*' ||
+      { status=1; echo "$(basename "$test"): $1 found something"; }
   done
+  return $status
 }
 # What the waits for barriers say when they take too long; after a test that did not end.
 explain_hang() {
@@ -112,7 +115,14 @@ run_memcheck() { sanitizer memcheck; }
 run_racecheck() { sanitizer racecheck; }
 run_synccheck() { sanitizer synccheck; }
 run_initcheck() { sanitizer initcheck; }
-run_stress() { program stress --device cuda --seconds "$stress"; }
+# Each operation by itself: one that is wrong ends its own run.
+run_stress() {
+  local status=0
+  for operation in forward backward step; do
+    program stress --device cuda --operations $operation --seconds $((stress / 3)) || status=1
+  done
+  return $status
+}
 # Each operation in a process of its own: an error of the device in one leaves the others.
 run_bench() {
   local status=0

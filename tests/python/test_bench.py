@@ -133,7 +133,9 @@ def entry(name: str, **counters: Any) -> dict[str, Any]:
 def test_results_are_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [tmp_path / f"{i}.json" for i in range(3)]
     first = {"gpu": "H200", "commit": "a", "command": "one"}
-    paths[0].write_text(json.dumps({"context": first, "benchmarks": [entry("x", us=1.0), entry("y", us=2.0)]}))
+    paths[0].write_text(
+        json.dumps({"context": first, "benchmarks": [entry("x/iterations:40/manual_time", us=1.0), entry("y", us=2.0)]})
+    )
     broken = {"name": "x", "error_occurred": True}
     second = {"gpu": "H200", "commit": "b", "command": "two"}
     paths[1].write_text(json.dumps({"context": second, "benchmarks": [entry("y", us=3.0), broken]}))

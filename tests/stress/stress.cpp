@@ -9,6 +9,7 @@
 // that batch. A device that hangs is given up after 30 seconds.
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -144,9 +145,30 @@ class Stress {
     arena_.count_guards(guards);
     const std::vector<std::uint64_t> counts = machine_.counts(PATIENCE);
     for (unsigned i = 0; i < std::size(COUNTED); ++i) {
-      if (counts[i] != 0) throw Wrong(description_ + "\n" + std::to_string(counts[i]) + " " + COUNTED[i]);
+      if (counts[i] == 0) continue;
+      const std::string where = i == second_run ? differing_outputs(first, second) : "";
+      throw Wrong(description_ + "\n" + std::to_string(counts[i]) + " " + COUNTED[i] + where);
     }
     if (sampled) compare_with_host(call, first, mirror);
+  }
+
+  // ": dk 12 from byte 4096, ..."
+  std::string differing_outputs(const Run& first, const Run& second) {
+    std::string text;
+    for (std::size_t i = 0; i < first.outputs.size(); ++i) {
+      const Buffer &a = first.outputs[i].buffer, &b = second.outputs[i].buffer;
+      std::vector<unsigned char> x(a.bytes), y(b.bytes);
+      if (x.empty()) continue;
+      machine_.download(x.data(), a.data, x.size());
+      machine_.download(y.data(), b.data, y.size());
+      const auto at = static_cast<std::size_t>(std::mismatch(x.begin(), x.end(), y.begin()).first - x.begin());
+      if (at == x.size()) continue;
+      std::size_t different = 0;
+      for (std::size_t j = at; j < x.size(); ++j) different += x[j] != y[j] ? 1 : 0;
+      text += (text.empty() ? ": " : ", ") + first.outputs[i].name + " " + std::to_string(different) + " of " +
+              std::to_string(x.size()) + " from byte " + std::to_string(at);
+    }
+    return text;
   }
 
   static bool is_state(const Output& output) {
