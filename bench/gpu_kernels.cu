@@ -69,17 +69,17 @@ __global__ void __launch_bounds__(MULTIPLY_THREADS, 1) multiply_tiles(const uint
   for (unsigned i = threadIdx.x; i < NOISE_BYTES / sizeof(uint4); i += MULTIPLY_THREADS) tiles[i] = noise[i];
   cuda::fence_async_shared();
   __syncthreads();
-  uint4 a[DEPTH];
-  for (int k = 0; k < DEPTH; ++k) a[k] = noise[(threadIdx.x + k * MULTIPLY_THREADS) % (NOISE_BYTES / sizeof(uint4))];
+  uint4 a[TILES * DEPTH];  // both operands change with every product, as in real work: that costs power, hence clock
+#pragma unroll
+  for (int i = 0; i < TILES * DEPTH; ++i) a[i] = noise[(threadIdx.x + i * MULTIPLY_THREADS) % (NOISE_BYTES / sizeof(uint4))];
   const uint32_t first = cuda::shared_address(tiles);
   float d[64] = {};
   for (int round = 0; round < rounds; ++round) {
     cuda::wgmma_fence();
 #pragma unroll
     for (int i = 0; i < TILES * DEPTH; ++i) {
-      const int k = i % DEPTH;
-      const uint64_t b = cuda::matrix_descriptor(first + i / DEPTH * 16384 + k * 32, 16);
-      cuda::wgmma<__nv_bfloat16, false, 0>(d, a[k].x, a[k].y, a[k].z, a[k].w, b);
+      const uint64_t b = cuda::matrix_descriptor(first + i / DEPTH * 16384 + i % DEPTH * 32, 16);
+      cuda::wgmma<__nv_bfloat16, false, 0>(d, a[i].x, a[i].y, a[i].z, a[i].w, b);
     }
     cuda::wgmma_commit();
     cuda::wgmma_wait<0>();

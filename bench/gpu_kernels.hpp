@@ -30,7 +30,7 @@ void copy(void* to, const void* from, std::size_t bytes, cudaStream_t stream);
 // tensor cores'. `noise` is 64 KB of normal bf16 numbers, `sums` one float per thread. Returns the floating-point
 // operations.
 double multiply(const void* noise, float* sums, int sm_count, int rounds, cudaStream_t stream);
-constexpr int MULTIPLY_THREADS = 512;
+constexpr int MULTIPLY_THREADS = 256;
 constexpr std::size_t NOISE_BYTES = std::size_t{64} << 10;
 
 // SM, its cycle counter and the time in nanoseconds, one per block.
