@@ -4,8 +4,42 @@
 #include "cuda/device.hpp"
 #include "cuda/fold_sm90.cuh"
 #include "cuda/ptx.cuh"
+#include "cuda/window_sm90.cuh"
 
 namespace flashdelta::cuda {
+template <typename T>
+__global__ void __launch_bounds__(WINDOW_THREADS)
+    gradient_windows_kernel(const __grid_constant__ GradientWindowParameters p) {
+  extern __shared__ __align__(1024) uint8_t raw[];
+  auto& shared = *reinterpret_cast<WindowMemory*>(raw);
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
+  wait_for_earlier_kernels();
+  const int index = static_cast<int>(blockIdx.x) / p.value_heads, value_head = static_cast<int>(blockIdx.x) % p.value_heads;
+  const Run run = p.segments[index];
+  if (run.sequence < 0 || run.first_chunk == 0) return;
+  const TokenRange range = p.sequences[run.sequence];
+  const int64_t begin = range.begin + static_cast<int64_t>(run.first_chunk) * CHUNK;
+  const int chunks = min(run.chunks, static_cast<int>((range.end - begin) / CHUNK));  // whole ones
+
+  int found = -1;
+  float factor = 0;  // log2, of the first chunks
+  for (int first = 0; first < chunks && found < 0 && p.log_bound > -INFINITY; first += WINDOW_WARPS) {
+    const int mine = first + warp;
+    const float x = mine < chunks ? chunk_factor<T>(p, range.batch, value_head, begin + mine * CHUNK + lane) : 0.0f;
+    __syncthreads();  // the factors of before are read
+    if (lane == 0) shared.factor[warp] = x;
+    __syncthreads();
+    const int end = min(first + WINDOW_WARPS, chunks);
+    for (int i = first; i < end && found < 0; ++i) {
+      factor += shared.factor[i - first];
+      if (factor <= p.log_bound) found = i + 1;
+    }
+    // A head that decays as little as it has so far will not get there: its other keys are not read.
+    if (!(factor * static_cast<float>(chunks) <= p.log_bound * static_cast<float>(end))) break;
+  }
+  if (thread == 0) p.windows[index * p.value_heads + value_head] = found;
+}
+
 namespace {
 
 struct GradientFoldMemory {
@@ -51,8 +85,12 @@ __global__ void __launch_bounds__(FOLD_THREADS) gradient_fold_kernel(const __gri
     };
     const auto is_last = [&](int i) { return ends && i == segments - 1; };  // of the sequence
     const int least = begins ? 1 : 0;                                       // segment with an outcome
-    int coming = segments - (ends ? 2 : 1);                                 // whose transition is to be loaded next
+    const auto has_transition = [&](int i) {
+      return !is_last(i) && p.windows[static_cast<int64_t>(first + i) * p.value_heads + value_head] < 0;
+    };
+    int coming = segments - 1;  // whose transition may be loaded next, if it has one
     const auto load_next = [&] {
+      while (coming >= least && !has_transition(coming)) --coming;
       if (coming < least) return;
       load_transition(shared.fold, ahead, outcome_of(coming) + static_cast<int64_t>(p.values) * KEYS);
       ahead.next<FOLD_STAGES>();
@@ -70,7 +108,7 @@ __global__ void __launch_bounds__(FOLD_THREADS) gradient_fold_kernel(const __gri
       }
       if (i < least) break;
       const float4 c = *reinterpret_cast<const float4*>(outcome_of(i) + static_cast<int64_t>(value) * KEYS + key);
-      if (is_last(i)) {
+      if (!has_transition(i)) {
         state = c;
         continue;
       }
@@ -92,7 +130,7 @@ struct ChainCosts {
   static constexpr int64_t FULL_CHUNK = 2850;        // chain, a chunk, 128 values
   static constexpr int64_t TRANSITION_CHUNK = 1600;  // states, a chunk, 128 rows
   static constexpr int64_t FOLD_STEP = 2700;         // 8 values of a head from one segment's start to the next's; L2 limits
-  static constexpr int64_t PRE_PASS = 12000;         // starts of its two kernels
+  static constexpr int64_t PRE_PASS = 15000;         // starts of its three kernels
 };
 
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -116,8 +154,8 @@ int64_t split_cost(const fd_problem& p, int64_t sequences, int64_t chunks) {
 
 }  // namespace
 
-// The host does not know the lengths of packed sequences. It has to pay if one of them has all tokens, and may not cost more
-// than the launches if all have the same length.
+// Gates are not known here, so no window is counted on. The host does not know the lengths of packed sequences. It has to
+// pay if one of them has all tokens, and may not cost more than the launches if all have the same length.
 bool splits_backward(const fd_problem& p) {
   if (p.context_parallel == FD_CONTEXT_OFF || p.T <= SEGMENT || p.N == 0 || p.HV == 0) return false;
   if (p.context_parallel == FD_CONTEXT_ON) return true;
@@ -126,6 +164,15 @@ bool splits_backward(const fd_problem& p) {
   const int64_t sequences = packed ? 1 : p.B;
   return 10 * split_cost(p, sequences, all) <= 9 * chain_cost(p, sequences, all) &&
          split_cost(p, p.N, equal) <= chain_cost(p, p.N, equal) + ChainCosts::PRE_PASS;
+}
+
+fd_status launch_gradient_windows(const GradientWindowParameters& p, bool bfloat16, void* stream) {
+  const Launch config{.name = "gradient_windows_kernel",
+                      .grid = dim3(static_cast<unsigned>(p.segment_count * p.value_heads)),
+                      .block = dim3(WINDOW_THREADS),
+                      .shared = sizeof(WindowMemory)};
+  return bfloat16 ? launch(gradient_windows_kernel<__nv_bfloat16>, config, p, stream)
+                  : launch(gradient_windows_kernel<__half>, config, p, stream);
 }
 
 fd_status launch_gradient_fold(const GradientFoldParameters& p, void* stream) {

@@ -10,6 +10,7 @@
 //
 // If the forward saved no states, they are found first: per wave, from the first on, prepare and states once more.
 #include <algorithm>
+#include <cmath>
 #include <string>
 
 #include "cuda/backward_context_sm90.hpp"
@@ -72,7 +73,8 @@ struct Workspace {
   float* saved;     // states before segments, unless the forward kept them
   float* carry[2];  // gradient of a state at the border of two waves, in turn
   bool splits;
-  float* outcomes;    // [segment_slots, HV, V + K, K], if segments are walked at once
+  int* windows;       // [segment_slots, HV], if segments are walked at once
+  float* outcomes;    // [segment_slots, HV, V + K, K]
   float* starts;      // [segment_slots, HV, V, K]
   float2* gate_sums;  // [waves, chunk_slots, HV]
   std::size_t bytes;
@@ -95,6 +97,7 @@ struct Workspace {
     scratch.dbeta = parts.take<float>(blocks * CHUNK);
     saved = parts.take<float>(static_cast<int64_t>(saved_bytes(p) / sizeof(float)));
     for (float*& c : carry) c = parts.take<float>(tiling.waves > 1 ? state_floats(p) : 0);
+    windows = parts.take<int>(splits ? tiling.segment_slots * p.HV : 0);
     outcomes = parts.take<float>(splits ? tiling.segment_slots * outcome_floats(p) : 0);
     starts = parts.take<float>(splits ? tiling.segment_slots * state_floats(p) : 0);
     gate_sums = parts.take<float2>(p.gate == FD_GATE_RAW ? tiling.waves * heads : 0);
@@ -129,6 +132,7 @@ class Backward {
     }
     for (int wave = tiling.waves; wave-- > 0 && status == FD_OK;) {
       status = prepare(wave);
+      if (status == FD_OK && workspace_.splits) status = windows(wave);
       if (status == FD_OK) status = states(wave);
       if (status == FD_OK) status = workspace_.splits ? chain_of_segments(wave) : chain_of_pieces(wave);
       if (status == FD_OK) status = gradients(wave);
@@ -211,6 +215,23 @@ class Backward {
     return launch_states(parameters, bfloat16(), sm_count_, stream_);
   }
 
+  fd_status windows(int wave) {
+    const GradientWindowParameters parameters{
+        .sequences = sequences_,
+        .gates = gates_,
+        .k = View(args_.k, p_.dtype),
+        .heads = heads(),
+        .value_heads = static_cast<int>(p_.HV),
+        .l2norm = p_.qk_l2norm,
+        .l2norm_eps = static_cast<float>(p_.l2norm_eps),
+        .log_bound = static_cast<float>(std::log2(p_.context_bound)),
+        .segments = segments(wave),
+        .segment_count = workspace_.tiling.segment_slots,
+        .windows = workspace_.windows,
+    };
+    return launch_gradient_windows(parameters, bfloat16(), stream_);
+  }
+
   fd_status states(int wave) {
     StatesParameters parameters = states_parameters();
     parameters.runs = segments(wave);
@@ -218,6 +239,7 @@ class Backward {
     if (workspace_.splits) {
       parameters.row_blocks += KEYS / VALUES;
       parameters.transitions = workspace_.outcomes;
+      parameters.gradient_windows = workspace_.windows;
     }
     return launch_states(parameters, bfloat16(), sm_count_, stream_);
   }
@@ -263,6 +285,7 @@ class Backward {
     parameters.runs = segments(wave);
     parameters.run_count = workspace_.tiling.segment_slots;
     parameters.outcomes = workspace_.outcomes;
+    parameters.windows = workspace_.windows;
     fd_status status = launch_chain(parameters, bfloat16(), sm_count_, stream_);
     if (status != FD_OK) return status;
 
@@ -274,6 +297,7 @@ class Backward {
         .segment_count = workspace_.tiling.segment_slots,
         .value_heads = static_cast<int>(p_.HV),
         .values = static_cast<int>(p_.V),
+        .windows = workspace_.windows,
         .outcomes = workspace_.outcomes,
         .starts = workspace_.starts,
         .carry_in = carry_in(wave),

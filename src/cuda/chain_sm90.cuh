@@ -104,6 +104,12 @@ __device__ __forceinline__ Item item_at(const ChainParameters& p, int index) {
   if (run.chunks == 0 && item.tokens > 0) item.sequence = -1;
   item.begins = run.first_chunk == 0;
   item.ends = run.first_chunk + run.chunks >= (item.tokens + CHUNK - 1) / CHUNK;
+  if constexpr (OUTCOMES) {
+    if (const int window = p.windows[run_index * heads + item.value_head]; window >= 0) {
+      item.chunks = window;
+      item.ends = false;
+    }
+  }
   return item;
 }
 

@@ -27,7 +27,8 @@ struct ChainParameters {
   float scale;
   // Unless null, this is a pre-pass: of all results only these are left, the gradients of the state before every run that
   // does not begin its sequence. Runs that do not end theirs start from zero; neither `starts` nor r is read.
-  float* outcomes = nullptr;  // [run_count][HV][V + K][K]: the rows of V
+  float* outcomes = nullptr;     // [run_count][HV][V + K][K]: the rows of V
+  const int* windows = nullptr;  // [run_count][HV]: of a run only so many first chunks count, from zero; -1: all
 };
 
 fd_status launch_chain(const ChainParameters&, bool bfloat16, int sm_count, void* stream);

@@ -4,49 +4,12 @@
 #include "cuda/device.hpp"
 #include "cuda/fold_sm90.cuh"
 #include "cuda/ptx.cuh"
+#include "cuda/window_sm90.cuh"
 
 namespace flashdelta::cuda {
 namespace {
 
 // --- windows: a block for each (run of the pre-pass, value head)
-
-constexpr int WINDOW_WARPS = 8, WINDOW_THREADS = 32 * WINDOW_WARPS;
-
-struct WindowMemory {
-  float factor[WINDOW_WARPS];
-};
-
-// Log2 of the most by which tokens `first` and `first` + 32 of the chunk and those of the warp's other lanes lengthen a
-// state: e^g max(1, |1 - beta |k|^2|) each, docs/math.md. Rounded up.
-template <typename T>
-__device__ float chunk_factor(const WindowParameters& p, const TokenRange& range, int value_head, int64_t first) {
-  constexpr float LOG2E = 1.44269504088896341f, ROUNDING = 1e-5f;
-  const int head = value_head / (p.value_heads / p.heads);
-  float sum = 0, size = 0;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int64_t token = first + 32 * i;
-    const auto* row =
-        reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(p.k.data) + p.k.at(range.batch, token, head));
-    float square = 0;
-#pragma unroll
-    for (int j = 0; j < KEYS / 8; ++j) {
-      const uint4 x = row[j];
-      const uint32_t word[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const float2 y = unpack<T>(word[e]);
-        square = fmaf(y.x, y.x, fmaf(y.y, y.y, square));
-      }
-    }
-    if (p.l2norm != 0) square /= square + p.l2norm_eps;
-    const float growth = log2f(fmaxf(1.0f, fabsf(1.0f - p.gates.write_strength(range.batch, token, value_head) * square)));
-    const float decay = fmaxf(p.gates.log_decay(range.batch, token, value_head) * LOG2E, -1e4f);
-    sum += growth + decay;
-    size += growth + fabsf(decay);
-  }
-  return warp_sum(sum) + ROUNDING * (1.0f + warp_sum(size));
-}
 
 }  // namespace
 
@@ -66,7 +29,7 @@ __global__ void __launch_bounds__(WINDOW_THREADS) windows_kernel(const __grid_co
   float factor = 0;  // log2, of the chunks from here to the last
   for (int last = run.chunks - 1; last >= 0 && found < 0 && p.log_bound > -INFINITY; last -= WINDOW_WARPS) {
     const int mine = last - warp;
-    const float x = mine < 0 ? 0.0f : chunk_factor<T>(p, range, value_head, begin + mine * CHUNK + lane);
+    const float x = mine < 0 ? 0.0f : chunk_factor<T>(p, range.batch, value_head, begin + mine * CHUNK + lane);
     __syncthreads();  // the factors of before are read
     if (lane == 0) shared.factor[warp] = x;
     __syncthreads();

@@ -90,7 +90,8 @@ __device__ __forceinline__ Item make_item(const StatesParameters& p, int index, 
   const TokenRange range = p.sequences[run.sequence];
   item.tokens = static_cast<int>(range.end - range.begin);
   if (p.transitions != nullptr && item.stores == 0 &&
-      (run.first_chunk == 0 || (run.first_chunk + run.chunks) * CHUNK >= item.tokens)) {
+      (run.first_chunk == 0 || (run.first_chunk + run.chunks) * CHUNK >= item.tokens ||
+       p.gradient_windows[item.run * p.scratch.value_heads + item.value_head] >= 0)) {
     item.sequence = -1;
   }
   item.batch = range.batch;

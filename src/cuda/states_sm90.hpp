@@ -30,7 +30,8 @@ struct StatesParameters {
   float* outcomes;  // [run_count][HV][row_blocks][64][K]
   // Where the transitions of runs go that neither begin nor end their sequence, as the gradient's rows are multiplied by
   // them: a row of the state's is a column. The other runs have none then.
-  float* transitions = nullptr;  // [run_count][HV][V + K][K]: the rows after V
+  float* transitions = nullptr;           // [run_count][HV][V + K][K]: the rows after V
+  const int* gradient_windows = nullptr;  // [run_count][HV]: with `transitions`; where it is not -1 there is none either
   // On the device, for context parallelism. The first runs are walked, all if null; blocks then draw items from a counter.
   const int* used_runs = nullptr;
   unsigned int* next_item = nullptr;

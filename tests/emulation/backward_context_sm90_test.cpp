@@ -6,8 +6,10 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <numbers>
 #include <utility>
 #include <vector>
 
@@ -35,6 +37,7 @@ struct Options {
   int sm_count = FEW_SMS;
   Schedule schedule = Schedule::forward;
   std::int64_t workspace_limit = 0;
+  double bound = 0;
   decltype(&fd_backward) call = emulation::backward;
 };
 
@@ -43,6 +46,7 @@ Results emulated(const Case& c, const Data& d, const Options& options) {
   return backward(c, d,
                   {.backend = FD_BACKEND_REFERENCE,
                    .context_parallel = options.context_parallel,
+                   .context_bound = options.bound,
                    .workspace_limit = options.workspace_limit,
                    .backward = options.call});
 }
@@ -123,6 +127,41 @@ TEST(EmulatedSegments, IsAsExactAsTheSerialWalk) {
       std::printf("%-15s %.5f, serial %.5f\n", name.c_str(), error, serial);
       EXPECT_LE(error, 1.1 * serial + 0.0002) << name;
     }
+  }
+}
+
+// What has decayed below the bound is dropped, and nothing else: neither the last segment's gradient of the final state, nor
+// what comes from the second chunk of the segment before into the one before that.
+TEST(EmulatedSegments, DropWhatDecaysBelowTheBound) {
+  constexpr double DECAY = 0.075, CHUNK_DECAY = 64 * DECAY / std::numbers::ln2;  // log2 of it
+  constexpr std::int64_t SEGMENT = 2048, CHUNK = 64;
+  const Case c = long_case({2 * SEGMENT + CHUNK});
+  Data d = make_data(c, 7);
+  for (double& g : d.g.x) g = static_cast<float>(-DECAY);
+  for (std::int64_t i = (SEGMENT + CHUNK) * c.V; i < (SEGMENT + 2 * CHUNK) * c.V; ++i)
+    d.do_.x[static_cast<std::size_t>(i)] *= 1024;
+  for (double& x : d.dfinal_state.x) x *= 1024;
+  const Results want = backward(c, d, reference);
+  const auto error = [&](const Results& got, std::int64_t token) {  // of dv in the chunk before
+    double squares = 0, norm = 0;
+    for (std::int64_t i = (token - CHUNK) * c.V; i < token * c.V; ++i) {
+      const auto at = static_cast<std::size_t>(i);
+      const double x = want.at("dv").values.x[at], difference = got.at("dv").values.x[at] - x;
+      squares += difference * difference;
+      norm += x * x;
+    }
+    return std::sqrt(squares / norm);
+  };
+  const Results dropped = emulated(c, d, {.bound = std::exp2(-CHUNK_DECAY * 0.999)});
+  EXPECT_GT(error(dropped, SEGMENT), 0.5);
+  EXPECT_GT(error(dropped, 2 * SEGMENT), 0.5);
+  const Results kept = emulated(c, d, {.bound = std::exp2(-CHUNK_DECAY * 1.001)});
+  EXPECT_LT(error(kept, 2 * SEGMENT), 0.01);
+  for (const double bound : {0.0, -1.0}) {
+    const Results got = emulated(c, d, {.bound = bound});
+    EXPECT_LT(error(got, SEGMENT), 0.01);
+    EXPECT_LT(error(got, 2 * SEGMENT), 0.01);
+    expect_close(c, d, got, want, sm90_backward_limit(c));
   }
 }
 
