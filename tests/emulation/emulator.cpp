@@ -39,6 +39,7 @@ std::array<Fibre, MAX_THREADS> fibres;
 const std::function<void()>* program;
 std::string failure;
 Schedule schedule_now;
+bool newest_first;
 std::mt19937 random_numbers;
 
 struct Work {
@@ -91,9 +92,8 @@ void work_when_all_wait() {
   if (chance(2)) {
     best = below(to_do.size());
   } else {
-    const bool reversed = schedule_now == Schedule::backward || (schedule_now == Schedule::shuffled && seed / 2 % 2 == 1);
     for (std::size_t i = 1; i < to_do.size(); ++i) {
-      if (reversed ? to_do[i].kind >= to_do[best].kind : to_do[i].kind < to_do[best].kind) best = i;
+      if (newest_first ? to_do[i].kind >= to_do[best].kind : to_do[i].kind < to_do[best].kind) best = i;
     }
   }
   work(best);
@@ -106,7 +106,7 @@ bool all_ended() {
 }  // namespace
 
 void run_block(int threads, Schedule schedule, const std::function<void()>& body,
-               const std::function<void(int thread)>& resumed) {
+               const std::function<void(int thread)>& resumed, unsigned number) {
   static const auto stacks = std::make_unique_for_overwrite<char[]>(MAX_THREADS * STACK_BYTES);
   if (threads < 1 || threads > MAX_THREADS || threads % WARP != 0) throw std::runtime_error("no such block");
   block = {};
@@ -125,13 +125,17 @@ void run_block(int threads, Schedule schedule, const std::function<void()>& body
 
   const auto count = static_cast<std::size_t>(threads);
   schedule_now = schedule;
-  random_numbers.seed(seed);
+  random_numbers.seed(seed * 0x9e3779b9u + number);
+  const bool backward = schedule == Schedule::backward, early = chance(2);
+  newest_first = backward || chance(2);
+  const unsigned slow = chance(2) ? 1u << below(count / WARP) : 0;  // a warp that goes on when all others wait
+  bool slow_turn = false;
   to_do.clear();
   reset_asynchrony();
   for (bool any = true; any;) {
     any = false;
+    bool slow_waits = false;
     // In this round: the first thread, the step to the next one modulo their number, and warps that are held back.
-    const bool backward = schedule == Schedule::backward;
     std::size_t first = backward ? count - 1 : 0, step = backward ? count - 1 : 1;
     unsigned held = 0;
     if (schedule == Schedule::shuffled) {
@@ -140,12 +144,16 @@ void run_block(int threads, Schedule schedule, const std::function<void()>& body
       step = STEPS[below(STEPS.size())];
       held = random_numbers();
       held &= random_numbers();  // a quarter of them
-      while (seed % 2 == 0 && !to_do.empty() && chance(4)) work(below(to_do.size()));
+      while (early && !to_do.empty() && chance(4)) work(below(to_do.size()));
     }
     for (std::size_t i = 0; i < count; ++i) {
       Fibre& fibre = fibres[(first + i * step) % count];
       const int thread = static_cast<int>(&fibre - fibres.data());
       if (!fibre.ready()) continue;
+      if (!slow_turn && (slow >> thread / WARP & 1) != 0) {
+        slow_waits = true;
+        continue;
+      }
       any = true;
       if ((held >> thread / WARP & 1) != 0) continue;
       fibre.word = nullptr;
@@ -154,7 +162,10 @@ void run_block(int threads, Schedule schedule, const std::function<void()>& body
       resume(fibre);
       if (!failure.empty()) throw std::runtime_error("thread " + std::to_string(thread) + ": " + failure);
     }
-    if (!any && !to_do.empty()) {
+    slow_turn = false;
+    if (!any && to_do.empty() && slow_waits) {
+      any = slow_turn = true;
+    } else if (!any && !to_do.empty()) {
       if (all_ended() && std::any_of(to_do.begin(), to_do.end(), [](const Work& w) { return w.kind <= Kind::store; }))
         throw std::runtime_error("the block ended while its shared memory was in use");
       work_when_all_wait();

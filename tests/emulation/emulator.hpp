@@ -15,7 +15,8 @@ constexpr int SHARED_BYTES = 227 * 1024;  // what a block may have on Hopper
 // depend on it.
 //   forward   work is done when no thread can go on: loads first, then multiplications, then stores; the oldest first
 //   backward  likewise, but stores first and the newest first
-//   shuffled  at random, with some seeds at once; warps are held back at random, too. `seed` says how.
+//   shuffled  at random, in some blocks also at once; warps are held back at random, in some blocks one of them until all
+//             others wait. `seed` says how.
 enum class Schedule { forward, backward, shuffled };
 extern std::uint32_t seed;
 
@@ -47,9 +48,10 @@ struct Block {
 };
 extern Block block;
 
-// Runs `body` once per thread of a block. Throws std::runtime_error, naming who waits, if nobody can go on, and with the
-// message of `fault`.
-void run_block(int threads, Schedule, const std::function<void()>& body, const std::function<void(int thread)>& resumed);
+// Runs `body` once per thread of a block. `number`: of the block, to which chance gives its own order. Throws
+// std::runtime_error, naming who waits, if nobody can go on, and with the message of `fault`.
+void run_block(int threads, Schedule, const std::function<void()>& body, const std::function<void(int thread)>& resumed,
+               unsigned number = 0);
 
 // --- for the threads of a block
 

@@ -56,7 +56,7 @@ fd_status launch(void (*kernel)(Parameters), const Launch& config, const Paramet
     blockIdx.x = i;
     emulation::run_block(
         static_cast<int>(config.block.x), schedule, [&] { kernel(parameters); },
-        [](int thread) { threadIdx.x = static_cast<unsigned>(thread); });
+        [](int thread) { threadIdx.x = static_cast<unsigned>(thread); }, i);
   }
   return FD_OK;
 }
