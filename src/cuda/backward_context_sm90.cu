@@ -124,46 +124,56 @@ namespace {
 
 constexpr int SMS = 132;  // of a Hopper GPU: results do not depend on the device
 
-// Cycles on one SM. PREDICTIONS from the tensor cores' rates and the counted instructions; none is measured.
+// Cycles on one SM. PREDICTIONS from the rates of tensor cores and caches and the counted instructions; none is measured.
 struct ChainCosts {
   static constexpr int64_t HALF_CHUNK = 1500;        // chain, a chunk, 64 values
   static constexpr int64_t FULL_CHUNK = 2850;        // chain, a chunk, 128 values
+  static constexpr int64_t L2 = 3100;                // bytes a cycle of all SMs together
   static constexpr int64_t TRANSITION_CHUNK = 1600;  // states, a chunk, 128 rows
   static constexpr int64_t FOLD_STEP = 2700;         // 8 values of a head from one segment's start to the next's; L2 limits
+  static constexpr int64_t COPY_STEP = 600;          // likewise, without a transition
   static constexpr int64_t PRE_PASS = 15000;         // starts of its three kernels
+  static constexpr int64_t LIKELY_WINDOW = 5;        // chunks, where gates decay as in trained models
 };
 
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Cycles of a chain that walks `runs` of as many chunks each.
-int64_t chain_cost(const fd_problem& p, int64_t runs, int64_t chunks) {
-  const int64_t blocks = p.V / VALUES, items = runs * p.HV * blocks;
-  return blocks % 2 != 0 || items <= SMS ? ceil_divide(items, SMS) * chunks * ChainCosts::HALF_CHUNK
-                                         : ceil_divide(items / 2, SMS) * chunks * ChainCosts::FULL_CHUNK;
+int64_t chain_cost(const fd_problem& p, int64_t runs, int64_t chunks, bool outcomes) {
+  const int64_t blocks = p.V / VALUES, shape = blocks % 2 != 0 || runs * p.HV * blocks <= SMS ? 1 : 2;
+  const int64_t items = runs * p.HV * (blocks / shape);
+  const int64_t values = outcomes ? TILE : 4 * TILE + STATE_TILE;  // do; else R, dv twice, dS, too
+  const int64_t bytes = 6 * TILE + static_cast<int64_t>(sizeof(ChunkVectors)) + shape * values;  // K, Q, T, P and these
+  return std::max(ceil_divide(items, SMS) * chunks * (shape == 1 ? ChainCosts::HALF_CHUNK : ChainCosts::FULL_CHUNK),
+                  items * chunks * bytes / ChainCosts::L2);
 }
 
-// Cycles of all that the segments' chain takes, for `sequences` of as many chunks each.
-int64_t split_cost(const fd_problem& p, int64_t sequences, int64_t chunks) {
+// Cycles of all that the segments' chain takes, for `sequences` of as many chunks each; `windows`: all heads decay.
+int64_t split_cost(const fd_problem& p, int64_t sequences, int64_t chunks, bool windows) {
   const int64_t segments = ceil_divide(chunks, SEGMENT_CHUNKS), longest = std::min<int64_t>(chunks, SEGMENT_CHUNKS);
-  const int64_t transitions = sequences * p.HV * std::max<int64_t>(segments - 2, 0) * SEGMENT_CHUNKS;
-  return chain_cost(p, sequences * segments, longest) + chain_cost(p, sequences * (segments - 1), longest) +
+  const int64_t transitions = windows ? 0 : sequences * p.HV * std::max<int64_t>(segments - 2, 0) * SEGMENT_CHUNKS;
+  const int64_t walked = windows ? std::min(longest, ChainCosts::LIKELY_WINDOW) : longest;
+  const int64_t step = windows ? ChainCosts::COPY_STEP : ChainCosts::FOLD_STEP;
+  return ChainCosts::PRE_PASS + chain_cost(p, sequences * (segments - 1), walked, true) +
          ceil_divide(transitions, SMS) * ChainCosts::TRANSITION_CHUNK +
-         (segments - 1) * ceil_divide(sequences * p.HV * p.V / FOLD_ROWS, SMS) * ChainCosts::FOLD_STEP +
-         ChainCosts::PRE_PASS;
+         (segments - 1) * ceil_divide(sequences * p.HV * p.V / FOLD_ROWS, SMS) * step +
+         chain_cost(p, sequences * segments, longest, false);
 }
 
 }  // namespace
 
-// Gates are not known here, so no window is counted on. The host does not know the lengths of packed sequences. It has to
-// pay if one of them has all tokens, and may not cost more than the launches if all have the same length.
+// Gates are not known here: it has to gain where they decay, and may not lose where they do not. Nor are the lengths of
+// packed sequences: it has to pay if one of them has all tokens, and may not cost more than the launches if all have the
+// same length.
 bool splits_backward(const fd_problem& p) {
   if (p.context_parallel == FD_CONTEXT_OFF || p.T <= SEGMENT || p.N == 0 || p.HV == 0) return false;
   if (p.context_parallel == FD_CONTEXT_ON) return true;
   const bool packed = p.N != p.B;
-  const int64_t all = ceil_divide(p.T, CHUNK), equal = packed ? ceil_divide(p.T, CHUNK * p.N) : all;
-  const int64_t sequences = packed ? 1 : p.B;
-  return 10 * split_cost(p, sequences, all) <= 9 * chain_cost(p, sequences, all) &&
-         split_cost(p, p.N, equal) <= chain_cost(p, p.N, equal) + ChainCosts::PRE_PASS;
+  const int64_t chunks = ceil_divide(p.T, CHUNK), sequences = packed ? 1 : p.B,
+                whole = chain_cost(p, sequences, chunks, false);
+  const int64_t equal = packed ? ceil_divide(p.T, CHUNK * p.N) : chunks;
+  return split_cost(p, sequences, chunks, false) <= whole && 10 * split_cost(p, sequences, chunks, true) <= 9 * whole &&
+         split_cost(p, p.N, equal, false) <= chain_cost(p, p.N, equal, false) + ChainCosts::PRE_PASS;
 }
 
 fd_status launch_gradient_windows(const GradientWindowParameters& p, bool bfloat16, void* stream) {

@@ -39,10 +39,11 @@ struct Options {
   std::int64_t workspace_limit = 0;
   double bound = 0;
   decltype(&fd_backward) call = emulation::backward;
+  const void* cu_seqlens = nullptr;
 };
 
 Results emulated(const Case& c, const Data& d, const Options& options) {
-  hopper = {options.sm_count, options.schedule};
+  hopper = {options.sm_count, options.schedule, options.cu_seqlens};
   return backward(c, d,
                   {.backend = FD_BACKEND_REFERENCE,
                    .context_parallel = options.context_parallel,
@@ -126,6 +127,27 @@ TEST(EmulatedSegments, IsAsExactAsTheSerialWalk) {
       const double serial = worst_error(c, d, off.at(name).values, expected, state);
       std::printf("%-15s %.5f, serial %.5f\n", name.c_str(), error, serial);
       EXPECT_LE(error, 1.1 * serial + 0.0002) << name;
+    }
+  }
+}
+
+TEST(EmulatedSegments, LengthsMayChangeOnTheDevice) {
+  const Case host = long_case({2048, 100, 2048}), device = long_case({0, 4160, 36});
+  Data d = make_data(device, 5);
+  const Results want = emulated(device, d, {});
+  const std::vector<std::int64_t> lengths = d.cu_seqlens;
+  d.cu_seqlens = make_data(host, 5).cu_seqlens;
+  expect_same_bits(emulated(host, d, {.cu_seqlens = lengths.data()}), want);
+}
+
+TEST(EmulatedSegments, GarbageInCuSeqlensStaysInsideTheOutputs) {
+  const Case c = long_case({3000, 0, 30, 1270});
+  const Data d = make_data(c, 6);
+  const std::vector<std::vector<std::int64_t>> garbage = {
+      {0, 4300, 0, 4300, 0}, {-1, -5, std::int64_t{1} << 60, 0, 4300}, {4300, 0, 2100, 10, 4300}, {2048, 4096, 0, 4300, 64}};
+  for (const std::vector<std::int64_t>& lengths : garbage) {
+    for (const std::int64_t workspace_limit : {0, 1}) {
+      EXPECT_NO_THROW(emulated(c, d, {.workspace_limit = workspace_limit, .cu_seqlens = lengths.data()}));
     }
   }
 }

@@ -5,12 +5,11 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <cstdint>
-#include <cstring>
-#include <vector>
+#include <stdexcept>
 
 #include "check.hpp"
 #include "tests/emulation/sm90.hpp"
+#include "tests/support/tensor.hpp"
 
 #define cuda emulated_cuda
 #include "cuda/backward_sm90.cu"
@@ -19,26 +18,11 @@
 namespace flashdelta::emulation {
 namespace {
 
-constexpr std::size_t ALIGNMENT = 256;
-
-// Memory full of NaN, aligned as the library wants it.
-class Poisoned {
- public:
-  explicit Poisoned(std::size_t bytes) : memory_(bytes + ALIGNMENT, 0xff) {}
-  void* data() {
-    const auto address = reinterpret_cast<std::uintptr_t>(memory_.data());
-    return reinterpret_cast<void*>((address + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
-  }
-
- private:
-  std::vector<unsigned char> memory_;
-};
-
 fd_status run(const fd_backward_args* call, bool save) try {
   fd_backward_args args = read(call);
   const fd_problem given = read(args.problem);
   const fd_problem problem = normalise(Operation::backward, given);
-  Poisoned saved(cuda::saved_bytes(problem)),
+  testing::Memory saved(cuda::saved_bytes(problem)),
       o(static_cast<std::size_t>(problem.B * problem.T * problem.HV * problem.V) * 2);
   if (save && cuda::saved_bytes(problem) > 0) {
     fd_forward_args forward_args{};
@@ -61,8 +45,11 @@ fd_status run(const fd_backward_args* call, bool save) try {
   check(args, given.N > 0, {"saved", nullptr, 0, false}, {"workspace", nullptr, 0, true});
   cuda::device.sm_count = hopper.sm_count;
   cuda::schedule = hopper.schedule;
-  Poisoned workspace(cuda::backward_workspace(problem));
-  return cuda::run_backward(args, workspace.data(), hopper.sm_count, nullptr);
+  if (hopper.cu_seqlens != nullptr) args.cu_seqlens = hopper.cu_seqlens;
+  testing::Memory workspace(cuda::backward_workspace(problem));
+  const fd_status status = cuda::run_backward(args, workspace.data(), hopper.sm_count, nullptr);
+  if (!workspace.guards_intact()) throw std::runtime_error("the call wrote outside its workspace");
+  return status;
 } catch (const Refusal& refusal) {
   return fail(refusal.status, refusal.message);
 }
