@@ -72,6 +72,13 @@ __device__ __forceinline__ uint32_t swizzled(int row, int block) {
   return static_cast<uint32_t>(row * 128 + ((block ^ (row & 7)) << 4));
 }
 
+// The descriptor of a matrix `bytes` further on, a constant: one instruction. Addresses in shared memory never overflow
+// their field.
+__device__ __forceinline__ uint64_t advance(uint64_t descriptor, int bytes) {
+  const uint32_t low = static_cast<uint32_t>(descriptor) + static_cast<uint32_t>(bytes >> 4);
+  return (descriptor & 0xffffffff00000000u) | low;
+}
+
 // Coordinates of a token in the tensor maps of tensor_map_sm90.hpp, after the column and before/after the head: packed
 // sequences are ragged, so that the copy engine fills with zeros, or skips in a store, what lies past the sequence's end.
 struct Place {

@@ -38,87 +38,119 @@ __device__ __forceinline__ void invert_diagonal(uint32_t diagonal, uint32_t inve
   }
 }
 
-// A 16 x 16 block (column block `block`) of a tile's rows 16 W.., in accumulator layout, times the gates
-// Gam[column][row] = e^(gam_column - gam_row), rounded: rows are the earlier tokens (the transposed tile T).
-template <typename T>
-__device__ __forceinline__ void gate_transposed(uint32_t (&out)[4], const float (&x)[8], const ChunkGates& gates, int row,
-                                                int column) {
-  float y[8];
-  if (gates.factored != 0) {
-    const float r0 = gates.fall[row], r1 = gates.fall[row + 8];
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      const float2 c = *reinterpret_cast<const float2*>(&gates.rise[column + 8 * n]);
-      y[4 * n + 0] = x[4 * n + 0] * (r0 * c.x);
-      y[4 * n + 1] = x[4 * n + 1] * (r0 * c.y);
-      y[4 * n + 2] = x[4 * n + 2] * (r1 * c.x);
-      y[4 * n + 3] = x[4 * n + 3] * (r1 * c.y);
-    }
-  } else {
-    const float r0 = gates.gam[row], r1 = gates.gam[row + 8];
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      const float2 c = *reinterpret_cast<const float2*>(&gates.gam[column + 8 * n]);
-      y[4 * n + 0] = x[4 * n + 0] * exp2_fast(fminf(c.x - r0, 0.0f));
-      y[4 * n + 1] = x[4 * n + 1] * exp2_fast(fminf(c.y - r0, 0.0f));
-      y[4 * n + 2] = x[4 * n + 2] * exp2_fast(fminf(c.x - r1, 0.0f));
-      y[4 * n + 3] = x[4 * n + 3] * exp2_fast(fminf(c.y - r1, 0.0f));
-    }
-  }
-  out[0] = pack<T>(y[0], y[1]);
-  out[1] = pack<T>(y[2], y[3]);
-  out[2] = pack<T>(y[4], y[5]);
-  out[3] = pack<T>(y[6], y[7]);
+// e^(later - earlier), from what ChunkGates holds: where the chunk's decay is small (FACTORED) the factors of
+// both, else the exponents.
+template <bool FACTORED>
+__device__ __forceinline__ float gate(float later, float earlier) {
+  return FACTORED ? later * earlier : exp2_fast(fminf(later - earlier, 0.0f));
 }
 
-// Rows 16 W.. of the transposed inverse, X_i = T0^T[W][i] for i >= W, by forward substitution over blocks:
-//   X_W = D_W^T,  X_i = -(sum_{W <= k < i} X_k L_ik^T) D_i^T
-// with the diagonal inverses D and the blocks L in scratch. Gated and rounded into `out`; blocks left of the diagonal zero.
-template <typename T, int W>
-__device__ __forceinline__ void solve_rows(uint32_t (&out)[4][4], uint32_t lower, uint32_t inverses, const ChunkGates& gates,
-                                           int lane) {
-  const int r8 = lane & 7, upper = (lane >> 3) & 1, right = lane >> 4;  // the lane's row of the ldmatrix of 16 x 16
-  const int row = 16 * W + (lane >> 2), column = 2 * (lane & 3);
-  uint32_t x[4][4];
+// A 16 x 16 block of the transposed tile T, in accumulator layout, times the gates Gam[column][row] = e^(gam_column -
+// gam_row), rounded; `earlier`: of rows r and r + 8, `later`: vector of the columns from `column` on.
+template <typename T, bool FACTORED>
+__device__ __forceinline__ void gate_transposed(uint32_t (&out)[4], const float (&x)[8], const float2& earlier,
+                                                const float* later) {
 #pragma unroll
-  for (int i = 0; i < W; ++i) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) out[i][j] = 0;
+  for (int n = 0; n < 2; ++n) {
+    const float2 c = *reinterpret_cast<const float2*>(later + 8 * n);
+    out[2 * n] = pack<T>(x[4 * n + 0] * gate<FACTORED>(c.x, earlier.x), x[4 * n + 1] * gate<FACTORED>(c.y, earlier.x));
+    out[2 * n + 1] = pack<T>(x[4 * n + 2] * gate<FACTORED>(c.x, earlier.y), x[4 * n + 3] * gate<FACTORED>(c.y, earlier.y));
   }
-  load_matrices(x[W], inverses + W * INVERSE_BYTES + (r8 + 8 * upper) * INVERSE_ROW + right * 16);
+}
+
+// Rows 16 w.. of the transposed inverse, X_i = T0^T[w][i] for i >= w, by forward substitution over blocks:
+//   X_w = D_w^T,  X_i = -(sum_{w <= k < i} X_k L_ik^T) D_i^T
+// with the diagonal inverses D and the blocks L in scratch. Block w + j, gated and rounded, in out[j]; zero past the last.
+// One piece of code for all warps, because four would not fit in the cache of instructions.
+template <typename T, bool FACTORED>
+__device__ __forceinline__ void solve_rows(uint32_t (&out)[4][4], uint32_t lower, uint32_t inverses, const ChunkGates& gates,
+                                           int w, int lane) {
+  const int r8 = lane & 7, upper = (lane >> 3) & 1, right = lane >> 4;  // the lane's row of the ldmatrix of 16 x 16
+  const int row = 16 * w + (lane >> 2);
+  const float* later = (FACTORED ? gates.rise : gates.gam) + 16 * w + 2 * (lane & 3);
+  const float* earlier = (FACTORED ? gates.fall : gates.gam) + row;
+  const float2 rows = make_float2(earlier[0], earlier[8]);
+  const uint32_t inverse = inverses + w * INVERSE_BYTES + (r8 + 8 * upper) * INVERSE_ROW + right * 16;
+  uint32_t x[4][4];
+  load_matrices(x[0], inverse);
   {
     float d[8];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const float2 pair = unpack<__half>(x[W][j]);
+      const float2 pair = unpack<__half>(x[0][j]);
       d[2 * j] = pair.x;
       d[2 * j + 1] = pair.y;
     }
-    gate_transposed<T>(out[W], d, gates, row, 16 * W + column);
+    gate_transposed<T, FACTORED>(out[0], d, rows, later);
   }
 #pragma unroll
-  for (int i = W + 1; i < 4; ++i) {
+  for (int j = 1; j < 4; ++j) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) out[j][k] = 0;
+  }
+#pragma unroll
+  for (int j = 1; j < 4; ++j) {
+    if (w + j > 3) break;
+    const uint32_t l_row = lower + (16 * (w + j) + r8 + 8 * right) * 128;
     float sum[2][4] = {};
 #pragma unroll
-    for (int k = W; k < i; ++k) {
+    for (int k = 0; k < j; ++k) {
       uint32_t l[4];
-      load_matrices(l, lower + swizzled(16 * i + r8 + 8 * right, 2 * k + upper));
+      load_matrices(l, l_row + (((2 * (w + k) + upper) ^ r8) << 4));
       mma_half(sum[0], x[k], l[0], l[1]);
       mma_half(sum[1], x[k], l[2], l[3]);
     }
     const uint32_t a[4] = {pack<__half>(-sum[0][0], -sum[0][1]), pack<__half>(-sum[0][2], -sum[0][3]),
                            pack<__half>(-sum[1][0], -sum[1][1]), pack<__half>(-sum[1][2], -sum[1][3])};
     uint32_t d[4];
-    load_matrices_transposed(d, inverses + i * INVERSE_BYTES + (r8 + 8 * upper) * INVERSE_ROW + right * 16);
+    load_matrices_transposed(d, inverse + j * INVERSE_BYTES);
     float y[2][4] = {};
     mma_half(y[0], a, d[0], d[1]);
     mma_half(y[1], a, d[2], d[3]);
-    x[i][0] = pack<__half>(y[0][0], y[0][1]);
-    x[i][1] = pack<__half>(y[0][2], y[0][3]);
-    x[i][2] = pack<__half>(y[1][0], y[1][1]);
-    x[i][3] = pack<__half>(y[1][2], y[1][3]);
+    x[j][0] = pack<__half>(y[0][0], y[0][1]);
+    x[j][1] = pack<__half>(y[0][2], y[0][3]);
+    x[j][2] = pack<__half>(y[1][0], y[1][1]);
+    x[j][3] = pack<__half>(y[1][2], y[1][3]);
     const float flat[8] = {y[0][0], y[0][1], y[0][2], y[0][3], y[1][0], y[1][1], y[1][2], y[1][3]};
-    gate_transposed<T>(out[i], flat, gates, row, 16 * i + column);
+    gate_transposed<T, FACTORED>(out[j], flat, rows, later + 16 * j);
+  }
+}
+
+// The warp's 16 rows of P from those of Q K^T, rounded, into the tile; zero right of the diagonal.
+template <typename T, bool FACTORED>
+__device__ __forceinline__ void write_queries(const float (&qk)[32], uint32_t tile_p, const ChunkGates& gates, int w,
+                                              int lane) {
+  const int r8 = lane & 7, upper = (lane >> 3) & 1, right = lane >> 4, row = 16 * w + (lane >> 2), column = 2 * (lane & 3);
+  const float r0 = FACTORED ? gates.output[row] : gates.query[row],
+              r1 = FACTORED ? gates.output[row + 8] : gates.query[row + 8];
+  const float g0 = gates.gam[row], g1 = gates.gam[row + 8];
+  // What stays of each pair of elements of a diagonal block.
+  const int distance = (lane >> 2) - column;
+  const uint32_t below = (distance >= 0 ? 0xffffu : 0u) | (distance >= 1 ? 0xffff0000u : 0u);
+  const uint32_t diagonal[4] = {below, ~0u, 0u, below};
+  const uint32_t at = tile_p + (16 * w + r8 + 8 * upper) * 128;
+#pragma unroll
+  for (int b = 0; b < 4; ++b) {
+    uint32_t y[4];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const int j = 16 * b + 8 * n + column;
+      const float2 c = *reinterpret_cast<const float2*>(&gates.fall_key[j]);
+      float f[4] = {r0 * c.x, r0 * c.y, r1 * c.x, r1 * c.y};
+      if constexpr (!FACTORED) {
+        const float2 g = *reinterpret_cast<const float2*>(&gates.gam[j]);
+        f[0] *= gate<false>(g0, g.x);
+        f[1] *= gate<false>(g0, g.y);
+        f[2] *= gate<false>(g1, g.x);
+        f[3] *= gate<false>(g1, g.y);
+      }
+      const float* x = qk + 8 * b + 4 * n;
+      y[2 * n] = pack<T>(x[0] * f[0], x[1] * f[1]);
+      y[2 * n + 1] = pack<T>(x[2] * f[2], x[3] * f[3]);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) y[i] &= b < w ? ~0u : b == w ? diagonal[i] : 0u;
+    store_matrices(at + (((2 * b + right) ^ r8) << 4), y[0], y[1], y[2], y[3]);
   }
 }
 
@@ -134,7 +166,7 @@ __device__ __forceinline__ void make_tiles(uint32_t tile_k, uint32_t tile_q, uin
   wgmma_fence();
 #pragma unroll
   for (int k = 0; k < 8; ++k) {
-    const uint64_t d = matrix_descriptor(tile_k + (k / 4) * 8192 + (k % 4) * 32, 16);
+    const uint64_t d = advance(matrix_descriptor(tile_k, 16), (k / 4) * 8192 + (k % 4) * 32);
     if (k == 0) {
       wgmma<T, true>(kk, d, d);
     } else {
@@ -186,8 +218,8 @@ __device__ __forceinline__ void make_tiles(uint32_t tile_k, uint32_t tile_q, uin
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
-      const uint64_t a = matrix_descriptor(tile_q + (k / 4) * 8192 + (k % 4) * 32, 16);
-      const uint64_t b = matrix_descriptor(tile_k + (k / 4) * 8192 + (k % 4) * 32, 16);
+      const uint64_t a = advance(matrix_descriptor(tile_q, 16), (k / 4) * 8192 + (k % 4) * 32);
+      const uint64_t b = advance(matrix_descriptor(tile_k, 16), (k / 4) * 8192 + (k % 4) * 32);
       if (k == 0) {
         wgmma<T, true>(qk, a, b);
       } else {
@@ -205,53 +237,19 @@ __device__ __forceinline__ void make_tiles(uint32_t tile_k, uint32_t tile_q, uin
     accumulators_ready(qk);
   }
   named_barrier(barrier, 128);  // L and the diagonal inverses are written; the diagonal blocks are read
-  if constexpr (QUERIES) {
-    const bool factored = gates.factored != 0;
-    const float r0 = factored ? gates.output[row] : gates.query[row],
-                r1 = factored ? gates.output[row + 8] : gates.query[row + 8];
-    const float g0 = gates.gam[row], g1 = gates.gam[row + 8];
-#pragma unroll
-    for (int b = 0; b < 4; ++b) {
-      float y[8] = {};
-      if (b <= warp) {
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-          const int j = 16 * b + 8 * n + column;
-          const float2 c = *reinterpret_cast<const float2*>(&gates.fall_key[j]);
-          float f[4] = {r0 * c.x, r0 * c.y, r1 * c.x, r1 * c.y};
-          if (!factored) {
-            const float2 g = *reinterpret_cast<const float2*>(&gates.gam[j]);
-            f[0] *= exp2_fast(fminf(g0 - g.x, 0.0f));
-            f[1] *= exp2_fast(fminf(g0 - g.y, 0.0f));
-            f[2] *= exp2_fast(fminf(g1 - g.x, 0.0f));
-            f[3] *= exp2_fast(fminf(g1 - g.y, 0.0f));
-          }
-          const float* x = qk + 8 * b + 4 * n;
-          y[4 * n + 0] = j <= row ? x[0] * f[0] : 0.0f;
-          y[4 * n + 1] = j + 1 <= row ? x[1] * f[1] : 0.0f;
-          y[4 * n + 2] = j <= row + 8 ? x[2] * f[2] : 0.0f;
-          y[4 * n + 3] = j + 1 <= row + 8 ? x[3] * f[3] : 0.0f;
-        }
-      }
-      store_matrices(tile_p + swizzled(16 * warp + r8 + 8 * upper, 2 * b + right), pack<T>(y[0], y[1]), pack<T>(y[2], y[3]),
-                     pack<T>(y[4], y[5]), pack<T>(y[6], y[7]));
-    }
-  }
-
   uint32_t t[4][4];
-  if (warp == 0) {
-    solve_rows<T, 0>(t, tile_t, inverses, gates, lane);
-  } else if (warp == 1) {
-    solve_rows<T, 1>(t, tile_t, inverses, gates, lane);
-  } else if (warp == 2) {
-    solve_rows<T, 2>(t, tile_t, inverses, gates, lane);
+  if (gates.factored != 0) {
+    if constexpr (QUERIES) write_queries<T, true>(qk, tile_p, gates, warp, lane);
+    solve_rows<T, true>(t, tile_t, inverses, gates, warp, lane);
   } else {
-    solve_rows<T, 3>(t, tile_t, inverses, gates, lane);
+    if constexpr (QUERIES) write_queries<T, false>(qk, tile_p, gates, warp, lane);
+    solve_rows<T, false>(t, tile_t, inverses, gates, warp, lane);
   }
   named_barrier(barrier, 128);  // nobody reads L any more
 #pragma unroll
-  for (int b = 0; b < 4; ++b) {
-    store_matrices(tile_t + swizzled(16 * warp + r8 + 8 * upper, 2 * b + right), t[b][0], t[b][1], t[b][2], t[b][3]);
+  for (int j = 0; j < 4; ++j) {
+    const int b = (warp + j) & 3;  // past the last block: the zeros of those left of the diagonal
+    store_matrices(tile_t + swizzled(16 * warp + r8 + 8 * upper, 2 * b + right), t[j][0], t[j][1], t[j][2], t[j][3]);
   }
   fence_async_shared();
 }

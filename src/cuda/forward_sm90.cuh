@@ -276,7 +276,7 @@ __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemo
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 8; ++k) {
-        const uint64_t b = matrix_descriptor(tile_k + (k / 4) * 8192 + (k % 4) * 32, 16);
+        const uint64_t b = advance(matrix_descriptor(tile_k, 16), (k / 4) * 8192 + (k % 4) * 32);
         if (k == 0) {
           wgmma<T, true, 0>(u, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3], b);
         } else {
@@ -287,7 +287,7 @@ __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemo
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 8; ++k) {
-        const uint64_t b = matrix_descriptor(tile_q + (k / 4) * 8192 + (k % 4) * 32, 16);
+        const uint64_t b = advance(matrix_descriptor(tile_q, 16), (k / 4) * 8192 + (k % 4) * 32);
         if (k == 0) {
           wgmma<T, true, 0>(o, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3], b);
         } else {
@@ -328,7 +328,7 @@ __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemo
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const uint64_t b = matrix_descriptor(tile_t + k * 2048, 8192);
+        const uint64_t b = advance(matrix_descriptor(tile_t, 8192), k * 2048);
         if (k == 0) {
           wgmma<T, true, 1>(u, x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3], b);
         } else {
@@ -350,7 +350,7 @@ __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemo
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         wgmma<T, false, 1>(s, w[4 * k], w[4 * k + 1], w[4 * k + 2], w[4 * k + 3],
-                           matrix_descriptor(tile_k + k * 2048, 8192));
+                           advance(matrix_descriptor(tile_k, 8192), k * 2048));
       }
       wgmma_commit();
 #pragma unroll
@@ -367,7 +367,8 @@ __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemo
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        wgmma<T, false, 0>(o, x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3], matrix_descriptor(tile_p + k * 32, 16));
+        wgmma<T, false, 0>(o, x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3],
+                           advance(matrix_descriptor(tile_p, 16), k * 32));
       }
       wgmma_commit();
       wgmma_wait<1>();
