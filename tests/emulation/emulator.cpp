@@ -128,7 +128,10 @@ void run_block(int threads, Schedule schedule, const std::function<void()>& body
   random_numbers.seed(seed * 0x9e3779b9u + number);
   const bool backward = schedule == Schedule::backward, early = chance(2);
   newest_first = backward || chance(2);
-  const unsigned slow = chance(2) ? 1u << below(count / WARP) : 0;  // a warp that goes on when all others wait
+  // A warp that goes on when all others wait: one of the first four in half of the blocks, since these have roles of their
+  // own.
+  const std::size_t slow_warp = below(chance(2) ? std::min<std::size_t>(4, count / WARP) : count / WARP);
+  const unsigned slow = chance(4) || schedule != Schedule::shuffled ? 0 : 1u << slow_warp;
   bool slow_turn = false;
   to_do.clear();
   reset_asynchrony();
