@@ -1,5 +1,5 @@
 // The Hopper backward on the CPU: all kernels of src/cuda that it runs, as they are, against the gradients of the reference.
-// What an emulation shows and cannot show: emulation_test.cpp.
+// What an emulation shows and cannot show: emulation_test.cpp. Segments at once: backward_context_sm90_test.cpp.
 #include "tests/emulation/backward_sm90.hpp"
 
 #include <gtest/gtest.h>
@@ -22,7 +22,10 @@ Results emulated(const Case& c, const Data& d, int sm_count, Schedule schedule =
                  std::int64_t workspace_limit = 0) {
   hopper = {sm_count, schedule};
   return backward(c, d,
-                  {.backend = FD_BACKEND_REFERENCE, .workspace_limit = workspace_limit, .backward = emulation::backward});
+                  {.backend = FD_BACKEND_REFERENCE,
+                   .context_parallel = FD_CONTEXT_OFF,
+                   .workspace_limit = workspace_limit,
+                   .backward = emulation::backward});
 }
 
 class EmulatedBackwardCase : public ::testing::TestWithParam<Case> {};
@@ -48,7 +51,11 @@ TEST(EmulatedBackward, WavesAndSavedStatesChangeNoBit) {
   expect_close(c, d, one, backward(c, d, reference), sm90_backward_limit(c));
   expect_same_bits(emulated(c, d, FEW_SMS, Schedule::forward, 1), one);
   hopper = {FEW_SMS, Schedule::forward};
-  expect_same_bits(backward(c, d, {.backend = FD_BACKEND_REFERENCE, .backward = emulation::backward_from_saved}), one);
+  expect_same_bits(
+      backward(
+          c, d,
+          {.backend = FD_BACKEND_REFERENCE, .context_parallel = FD_CONTEXT_OFF, .backward = emulation::backward_from_saved}),
+      one);
 }
 
 }  // namespace
