@@ -190,9 +190,13 @@ __device__ __forceinline__ void make_gates(const ForwardParameters& p, SharedMem
     wait_full(shared, ITEM_FULL, items);
     const Item& item = shared.items[items.stage];  // read again where needed: registers are short
     if (item.sequence < 0) break;
+    // A chunk ahead: a load takes longer than anything else that is done here for a chunk.
+    TokenBits bits = load_gates(p.gates, item, item.value_head, item.first * CHUNK + lane);
     for (int c = item.first; c < item.end; ++c, ++count) {
+      TokenGates tokens = own_gates(p.gates, bits, item, item.value_head, c * CHUNK + lane);
+      bits = load_gates(p.gates, item, item.value_head, (c + 1) * CHUNK + lane);
+      add_gates(tokens, lane);
       const Ring ring = ring_at<Shape<STATE>::GATES>(count), keys = ring_at<Shape<STATE>::KQ>(count);
-      const TokenGates tokens = token_gates(p.gates, item, item.value_head, c * CHUNK + lane);
       float2 nk = {1.0f, 1.0f}, nq = {1.0f, 1.0f};
       if constexpr (NORM) {
         wait_full(shared, KQ_FULL, keys);

@@ -31,24 +31,48 @@ struct TokenGates {
   float total;    // gam of the chunk's last token
 };
 
+// What the lane's tokens have in memory: loaded long before it is used.
+struct TokenBits {
+  Gates::Bits token[2];
+};
+
 // `range`: a sequence's (or chunk's) batch entry, first token `begin` and number of `tokens`, past which nothing decays and
 // nothing is written; read again where needed: registers are short. `first`: the lane's first token, from `begin` on.
 template <typename Range>
-__device__ __forceinline__ TokenGates token_gates(const Gates& gates, const Range& range, int value_head, int first) {
-  constexpr float LOG2E = 1.44269504088896341f;
-  const int lane = first % 32;  // chunks begin at multiples of 64
-  TokenGates out;
-  float(&g)[2] = out.gam;
+__device__ __forceinline__ TokenBits load_gates(const Gates& gates, const Range& range, int value_head, int first) {
+  TokenBits out = {};
+  const int64_t g = gates.g.at(range.batch, range.begin + first, value_head);
+  const int64_t beta = gates.beta.at(range.batch, range.begin + first, value_head);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int token = first + 32 * i;
-    const bool inside = token < range.tokens;
-    g[i] = inside ? gates.log_decay(range.batch, range.begin + token, value_head) * LOG2E : 0.0f;
-    out.beta[i] = inside ? gates.write_strength(range.batch, range.begin + token, value_head) : 0.0f;
+    if (first + 32 * i >= range.tokens) break;
+    if (gates.gate != FD_GATE_NONE) out.token[i].g = load_bits(gates.g.data, gates.g.type, g + 32 * i * gates.g.stride[1]);
+    if (gates.strength != FD_BETA_ONE) {
+      out.token[i].beta = load_bits(gates.beta.data, gates.beta.type, beta + 32 * i * gates.beta.stride[1]);
+    }
   }
-  // -inf decays become finite, so that no difference of two is NaN; a NaN stays.
+  return out;
+}
+
+// Each token's own decay, in `gam`, and write strength.
+template <typename Range>
+__device__ __forceinline__ TokenGates own_gates(const Gates& gates, const TokenBits& bits, const Range& range,
+                                                int value_head, int first) {
+  constexpr float LOG2E = 1.44269504088896341f;
+  TokenGates out;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) g[i] = g[i] < -1e4f ? -1e4f : g[i];
+  for (int i = 0; i < 2; ++i) {
+    const bool inside = first + 32 * i < range.tokens;
+    const float g = inside ? gates.log_decay(bits.token[i], value_head) * LOG2E : 0.0f;
+    out.gam[i] = g < -1e4f ? -1e4f : g;  // never -inf, so that no difference of two is NaN; a NaN stays
+    out.beta[i] = inside ? gates.write_strength(bits.token[i]) : 0.0f;
+  }
+  return out;
+}
+
+// Adds them up over the chunk.
+__device__ __forceinline__ void add_gates(TokenGates& tokens, int lane) {
+  float(&g)[2] = tokens.gam;
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
     const float a = __shfl_up_sync(~0u, g[0], step), b = __shfl_up_sync(~0u, g[1], step);
@@ -58,8 +82,7 @@ __device__ __forceinline__ TokenGates token_gates(const Gates& gates, const Rang
     }
   }
   g[1] += __shfl_sync(~0u, g[0], 31);
-  out.total = __shfl_sync(~0u, g[1], 31);
-  return out;
+  tokens.total = __shfl_sync(~0u, g[1], 31);
 }
 
 // 1 / sqrt(sum of squares + eps) of rows `lane` and `lane + 32` of a tile of 64 x 128.

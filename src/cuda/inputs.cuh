@@ -5,6 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <bit>
 #include <cstdint>
 
 #include "dtype.hpp"
@@ -16,6 +17,15 @@ __device__ inline float load_element(const void* data, fd_dtype type, int64_t i)
   if (type == FD_FLOAT32) return static_cast<const float*>(data)[i];
   if (type == FD_BFLOAT16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
   return __half2float(static_cast<const __half*>(data)[i]);
+}
+// An element as it lies in memory, and what it is: apart, so that nobody waits for one load before the next is under way.
+__device__ inline uint32_t load_bits(const void* data, fd_dtype type, int64_t i) {
+  return type == FD_FLOAT32 ? static_cast<const uint32_t*>(data)[i] : static_cast<const uint16_t*>(data)[i];
+}
+__device__ inline float element_of(uint32_t bits, fd_dtype type) {
+  if (type == FD_FLOAT32) return std::bit_cast<float>(bits);
+  if (type == FD_BFLOAT16) return std::bit_cast<float>(bits << 16);
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 }
 
 __device__ inline void store_element(void* data, fd_dtype type, int64_t i, float x) {
@@ -65,21 +75,34 @@ struct Gates {
         strength(args.problem->beta),
         largest(args.problem->allow_neg_eigval != 0 ? 2.0f : 1.0f) {}
 
+  // What a token's decay and write strength are computed from, as it lies in memory.
+  struct Bits {
+    uint32_t g, beta;
+  };
+
   // Natural logarithm of the decay, <= 0.
-  __device__ float log_decay(int64_t batch, int64_t token, int64_t value_head) const {
+  __device__ float log_decay(const Bits& bits, int64_t value_head) const {
     if (gate == FD_GATE_NONE) return 0.0f;
-    const float x = g[g.at(batch, token, value_head)];
+    const float x = element_of(bits.g, g.type);
     if (gate == FD_GATE_LOG) return x;
     const float bias = dt_bias.data == nullptr ? 0.0f : dt_bias[value_head * dt_bias.stride[0]];
     const float y = x + bias;
     const float softplus = fmaxf(y, 0.0f) + log1pf(expf(-fabsf(y)));
     return -expf(A_log[value_head * A_log.stride[0]]) * softplus;
   }
+  __device__ float log_decay(int64_t batch, int64_t token, int64_t value_head) const {
+    const uint32_t x = gate == FD_GATE_NONE ? 0 : load_bits(g.data, g.type, g.at(batch, token, value_head));
+    return log_decay(Bits{x, 0}, value_head);
+  }
 
-  __device__ float write_strength(int64_t batch, int64_t token, int64_t value_head) const {
+  __device__ float write_strength(const Bits& bits) const {
     if (strength == FD_BETA_ONE) return 1.0f;
-    const float x = beta[beta.at(batch, token, value_head)];
+    const float x = element_of(bits.beta, beta.type);
     return strength == FD_BETA_VALUE ? x : largest / (1.0f + expf(-x));
+  }
+  __device__ float write_strength(int64_t batch, int64_t token, int64_t value_head) const {
+    const uint32_t x = strength == FD_BETA_ONE ? 0 : load_bits(beta.data, beta.type, beta.at(batch, token, value_head));
+    return write_strength(Bits{0, x});
   }
 };
 

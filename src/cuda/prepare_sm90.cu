@@ -104,24 +104,31 @@ __device__ __forceinline__ void make_gates(const PrepareParameters& p, SharedMem
     const Item item = shared.items[ring.stage];
     if (item.slot < 0) break;
     const bool mine = count % GATE_WARPS == turn;
+    // A head ahead: a load takes longer than anything else that is done here for a head.
+    const int first_head = item.head * group;
+    TokenBits bits = {};
+    if (mine) bits = load_gates(p.gates, item, first_head, lane);
     float2 key = {1.0f, 1.0f}, query = {1.0f, 1.0f};
     if (NORM && mine) {
       key = inverse_norms<T>(shared_address(shared.k[ring.stage]), p.l2norm_eps, lane);
       if constexpr (QUERIES) query = inverse_norms<T>(shared_address(shared.q[ring.stage]), p.l2norm_eps, lane);
     }
     for (int i = 0; i < group; ++i) {
+      TokenGates tokens = {};
+      if (mine) {
+        tokens = own_gates(p.gates, bits, item, first_head + i, lane);
+        if (i + 1 < group) bits = load_gates(p.gates, item, first_head + i + 1, lane);
+      }
       if (!item.has(i)) continue;
+      if (mine) add_gates(tokens, lane);
       const Ring gates = ring_at<GATE_STAGES>(unit++);
-      const int value_head = item.head * group + i;
-      TokenGates tokens;
-      if (mine) tokens = token_gates(p.gates, item, value_head, lane);
       wait_free(shared, GATES_FREE, gates);  // of the others' stages too: a phase that is not waited for may pass twice
       if (!mine) {
         arrive(shared, GATES_FREE, gates, lane);
       } else {
         fill_gates(shared.gates[gates.stage], tokens, key, query, p.scale, lane);
         arrive(shared, GATES_FULL, gates, lane);
-        fill_vectors(p.scratch.vectors[p.scratch.head(item.slot, value_head)], tokens, key, query, lane);
+        fill_vectors(p.scratch.vectors[p.scratch.head(item.slot, first_head + i)], tokens, key, query, lane);
       }
     }
     arrive(shared, KQ_FREE, ring, lane);
