@@ -1,4 +1,6 @@
 // Context parallelism: which chunks of a run decide its last state, and the first states of all runs.
+#include <algorithm>
+
 #include "cuda/block_sm90.cuh"
 #include "cuda/context_kernels_sm90.hpp"
 #include "cuda/device.hpp"
@@ -69,54 +71,56 @@ __global__ void __launch_bounds__(FOLD_THREADS) fold_kernel(const __grid_constan
   extern __shared__ __align__(1024) uint8_t raw[];
   auto& shared = *reinterpret_cast<StateFoldMemory*>(raw);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
-  wait_for_earlier_kernels();
-  const int groups = p.values / FOLD_ROWS, per_chain = p.value_heads * groups;
-  const int index = static_cast<int>(blockIdx.x) / per_chain, rest = static_cast<int>(blockIdx.x) % per_chain;
-  if (index >= p.plan->chains) return;
-  const Chain chain = p.chains[index];
-  const int value_head = rest / groups, value = rest % groups * FOLD_ROWS + warp, key = 4 * lane;  // the thread's row, keys
-
-  const auto outcome_of = [&](int run) { return static_cast<int64_t>(chain.pre_run + run) * p.value_heads + value_head; };
-  const auto rows_of = [&](int run) { return p.outcomes + outcome_of(run) * (p.values + KEYS) * KEYS; };
-
-  // The first run started from the initial state, and one with a window has no transition.
-  if (thread < chain.runs) {
-    shared.exact[thread] = thread > 0 && thread + 1 < chain.runs && p.windows[outcome_of(thread)] < 0 ? 1 : 0;
-  }
   if (thread == 0) init_barriers(shared.fold, {1});
   __syncthreads();
+  wait_for_earlier_kernels();
+  const int groups = p.values / FOLD_ROWS, per_chain = p.value_heads * groups, items = p.plan->chains * per_chain;
   Ring ring, ahead;
-  int coming = 0;  // run whose transition may be loaded next, if it has one
-  const auto load_next = [&] {
-    while (coming < chain.runs && shared.exact[coming] == 0) ++coming;
-    if (coming == chain.runs) return;
-    load_transition(shared.fold, ahead, rows_of(coming) + static_cast<int64_t>(p.values) * KEYS);
-    ahead.next<FOLD_STAGES>();
-    ++coming;
-  };
-  if (thread == 0) {
-    for (int i = 0; i < FOLD_STAGES; ++i) load_next();
-  }
+  for (int item = static_cast<int>(blockIdx.x); item < items; item += static_cast<int>(gridDim.x)) {
+    const Chain chain = p.chains[item / per_chain];
+    const int value_head = item % per_chain / groups;
+    const int value = item % groups * FOLD_ROWS + warp, key = 4 * lane;  // the thread's row and keys
+    const auto outcome_of = [&](int run) { return static_cast<int64_t>(chain.pre_run + run) * p.value_heads + value_head; };
+    const auto rows_of = [&](int run) { return p.outcomes + outcome_of(run) * (p.values + KEYS) * KEYS; };
 
-  float4 state = make_float4(0, 0, 0, 0);
-  if (const int64_t row = p.initial.row(chain.sequence, 0); row >= 0) {
-    const StateLayout at = state_layout(p.initial, p.state_v_first != 0, row, value_head);
-    const int64_t first = at.base + value * at.value + key * at.key;
-    state = make_float4(p.initial.states[first], p.initial.states[first + at.key], p.initial.states[first + 2 * at.key],
-                        p.initial.states[first + 3 * at.key]);
-  }
-  for (int i = 0;; ++i) {
-    const int64_t start = (static_cast<int64_t>(chain.start + i) * p.value_heads + value_head) * p.values + value;
-    *reinterpret_cast<float4*>(p.starts + start * KEYS + key) = state;
-    if (i + 1 == chain.runs) break;
-    const float4 b = *reinterpret_cast<const float4*>(rows_of(i) + value * KEYS + key);
-    if (shared.exact[i] == 0) {
-      state = b;
-      continue;
+    // The first run started from the initial state, and one with a window has no transition.
+    __syncthreads();  // the last item's are read
+    if (thread < chain.runs) {
+      shared.exact[thread] = thread > 0 && thread + 1 < chain.runs && p.windows[outcome_of(thread)] < 0 ? 1 : 0;
     }
-    state = next_state(shared.fold, ring, state, b, warp, lane);
-    ring.next<FOLD_STAGES>();
-    if (thread == 0) load_next();
+    __syncthreads();
+    int coming = 0;  // run whose transition may be loaded next, if it has one
+    const auto load_next = [&] {
+      while (coming < chain.runs && shared.exact[coming] == 0) ++coming;
+      if (coming == chain.runs) return;
+      load_transition(shared.fold, ahead, rows_of(coming) + static_cast<int64_t>(p.values) * KEYS);
+      ahead.next<FOLD_STAGES>();
+      ++coming;
+    };
+    if (thread == 0) {
+      for (int i = 0; i < FOLD_STAGES; ++i) load_next();
+    }
+
+    float4 state = make_float4(0, 0, 0, 0);
+    if (const int64_t row = p.initial.row(chain.sequence, 0); row >= 0) {
+      const StateLayout at = state_layout(p.initial, p.state_v_first != 0, row, value_head);
+      const int64_t first = at.base + value * at.value + key * at.key;
+      state = make_float4(p.initial.states[first], p.initial.states[first + at.key], p.initial.states[first + 2 * at.key],
+                          p.initial.states[first + 3 * at.key]);
+    }
+    for (int i = 0;; ++i) {
+      const int64_t start = (static_cast<int64_t>(chain.start + i) * p.value_heads + value_head) * p.values + value;
+      *reinterpret_cast<float4*>(p.starts + start * KEYS + key) = state;
+      if (i + 1 == chain.runs) break;
+      const float4 b = *reinterpret_cast<const float4*>(rows_of(i) + value * KEYS + key);
+      if (shared.exact[i] == 0) {
+        state = b;
+        continue;
+      }
+      state = next_state(shared.fold, ring, state, b, warp, lane);
+      ring.next<FOLD_STAGES>();
+      if (thread == 0) load_next();
+    }
   }
   allow_later_kernels();
 }
@@ -130,9 +134,10 @@ fd_status launch_windows(const WindowParameters& p, bool bfloat16, int64_t pre_r
                   : launch(windows_kernel<__half>, config, p, stream);
 }
 
-fd_status launch_fold(const FoldParameters& p, int64_t chains, void* stream) {
+fd_status launch_fold(const FoldParameters& p, int64_t chains, int sm_count, void* stream) {
+  const int64_t items = chains * p.value_heads * (p.values / FOLD_ROWS);
   const Launch config{.name = "fold_kernel",
-                      .grid = dim3(static_cast<unsigned>(chains * p.value_heads * (p.values / FOLD_ROWS))),
+                      .grid = dim3(static_cast<unsigned>(std::min<int64_t>(items, sm_count))),
                       .block = dim3(FOLD_THREADS),
                       .shared = sizeof(StateFoldMemory)};
   return launch(fold_kernel, config, p, stream);

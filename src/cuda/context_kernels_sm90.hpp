@@ -78,6 +78,6 @@ struct FoldParameters {
 };
 
 // `chains`: that there may be.
-fd_status launch_fold(const FoldParameters&, int64_t chains, void* stream);
+fd_status launch_fold(const FoldParameters&, int64_t chains, int sm_count, void* stream);
 
 }  // namespace flashdelta::cuda

@@ -10,11 +10,14 @@ namespace {
 
 constexpr int PLAN_THREADS = 512, CANDIDATES = MOST_RUNS, LANES = PLAN_THREADS / CANDIDATES;
 constexpr int CLASSES = 192;  // of runs by length
+constexpr int SAMPLES = 64;   // tokens
 
 struct PlanMemory {
   unsigned longest, total_low, total_high;
   unsigned pre_runs, chunks, starts, chains, runs;
   int length;  // of runs
+  int64_t batch[SAMPLES], token[SAMPLES];
+  unsigned decays[MOST_SPLIT_HEADS];
   float windows[MOST_SPLIT_HEADS];
   float costs[CANDIDATES];
   Cut cuts[CANDIDATES];
@@ -34,40 +37,62 @@ __device__ int class_of(int chunks) {
 }
 
 // How many chunks of each head will have decayed below the bound, as a sample of the gates has it. An estimate: what is
-// skipped in the end is decided in `windows`.
+// skipped in the end is decided in `windows`. Sums are of integers, so that they do not depend on their order.
 __device__ void sample_gates(const PlanParameters& p, PlanMemory& shared) {
-  constexpr int SAMPLES = 64;
-  constexpr float LOG2E = 1.44269504088896341f, MARGIN = 1.25f;
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  constexpr int BATCH = 8;  // loads of a thread that are under way together
+  constexpr float LOG2E = 1.44269504088896341f, MOST = 64, UNIT = 65536, MARGIN = 1.25f;
+  const int thread = static_cast<int>(threadIdx.x), samples = p.split.value_heads * SAMPLES;
   const int64_t tokens = p.sequences.used_tokens() * p.B;
-  for (int head = warp; head < p.split.value_heads; head += PLAN_THREADS / 32) {
-    float sum = 0;
-    for (int i = lane; i < SAMPLES; i += 32) {
-      const int64_t token = tokens * (2 * i + 1) / (2 * SAMPLES);
-      if (tokens > 0) sum -= p.gates.log_decay(token / p.sequences.T, token % p.sequences.T, head) * LOG2E;
+  if (thread < SAMPLES) {
+    const int64_t token = tokens * (2 * thread + 1) / (2 * SAMPLES);
+    shared.batch[thread] = tokens > 0 ? token / p.sequences.T : 0;
+    shared.token[thread] = tokens > 0 ? token % p.sequences.T : 0;
+  }
+  __syncthreads();
+  for (int first = thread; tokens > 0 && first < samples; first += BATCH * PLAN_THREADS) {
+    Gates::Bits bits[BATCH];
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) {
+      const int sample = min(first + i * PLAN_THREADS, samples - 1) / p.split.value_heads;
+      const int head = min(first + i * PLAN_THREADS, samples - 1) % p.split.value_heads;
+      bits[i] = p.gates.gate_bits(shared.batch[sample], shared.token[sample], head);
     }
-    sum = warp_sum(sum);
-    if (lane == 0) {
-      shared.windows[head] = sum > 0 ? ceilf(-p.log_bound * MARGIN * SAMPLES / (sum * CHUNK)) + 1 : INFINITY;
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) {
+      const int sample = first + i * PLAN_THREADS, head = sample % p.split.value_heads;
+      if (sample >= samples) break;
+      const float decay = -p.gates.log_decay(bits[i], head) * LOG2E;
+      atomicAdd(&shared.decays[head], decay > 0 ? static_cast<unsigned>(fminf(decay, MOST) * UNIT) : 0u);
     }
+  }
+  __syncthreads();
+  for (int head = thread; head < p.split.value_heads; head += PLAN_THREADS) {
+    const float decay = static_cast<float>(shared.decays[head]) / (UNIT * SAMPLES);  // of a token
+    shared.windows[head] = decay > 0 ? ceilf(-p.log_bound * MARGIN / (decay * CHUNK)) + 1 : INFINITY;
   }
 }
 
-// Cycles that a cut would take.
-__device__ float cost(const PlanParameters& p, const PlanMemory& shared, const Cut& cut) {
-  if (cut.pre_runs == 0) return forward_cost(p.plain, cut);
-  const float length = static_cast<float>(cut.pre_chunks) / static_cast<float>(cut.pre_runs);
-  Heads heads = {};
-  for (int head = 0; head < p.split.value_heads; ++head) {
+// Cycles that a cut would take, by the candidate's lanes together.
+__device__ float cost(const PlanParameters& p, const PlanMemory& shared, const Cut& cut, int lane) {
+  const float length = static_cast<float>(cut.pre_chunks) / fmaxf(static_cast<float>(cut.pre_runs), 1.0f);
+  float exact = 0, windows = 0, longest = 0;
+  for (int head = lane; head < p.split.value_heads; head += LANES) {
     const float window = shared.windows[head];
     if (window < length) {
-      heads.windows += window;
-      heads.longest = fmaxf(heads.longest, window);
+      windows += window;
+      longest = fmaxf(longest, window);
     } else {
-      ++heads.exact;
+      exact += 1;
     }
   }
-  return forward_cost(p.split, cut) + pre_pass_cost(p.split, cut, heads);
+#pragma unroll
+  for (int step = LANES / 2; step > 0; step /= 2) {
+    exact += __shfl_xor_sync(~0u, exact, step);
+    windows += __shfl_xor_sync(~0u, windows, step);
+    longest = fmaxf(longest, __shfl_xor_sync(~0u, longest, step));
+  }
+  if (cut.pre_runs == 0) return forward_cost(p.plain, cut);
+  return forward_cost(p.split, cut) + pre_pass_cost(p.split, cut, {static_cast<int>(exact), windows, longest});
 }
 
 // Leaves in `length` how many chunks a run may have.
@@ -82,7 +107,8 @@ __device__ void choose_length(const PlanParameters& p, PlanMemory& shared) {
     add_sequence(chunks_of(p.sequences, n), length_of(candidate), add, raise);
   }
   __syncthreads();
-  if (lane == 0) shared.costs[candidate] = cost(p, shared, cut);
+  const float cycles = cost(p, shared, cut, lane);
+  if (lane == 0) shared.costs[candidate] = cycles;
   __syncthreads();
   if (threadIdx.x == 0) {
     int best = 0;

@@ -251,7 +251,7 @@ fd_status plan_runs(const fd_forward_args& args, const RunLimits& most, const CU
       .outcomes = w.outcomes,
       .starts = w.starts,
   };
-  return launch_fold(fold, most.chains, stream);
+  return launch_fold(fold, most.chains, sm_count, stream);
 }
 
 }  // namespace flashdelta::cuda

@@ -80,6 +80,10 @@ struct Gates {
     uint32_t g, beta;
   };
 
+  __device__ Bits gate_bits(int64_t batch, int64_t token, int64_t value_head) const {
+    return {gate == FD_GATE_NONE ? 0 : load_bits(g.data, g.type, g.at(batch, token, value_head)), 0};
+  }
+
   // Natural logarithm of the decay, <= 0.
   __device__ float log_decay(const Bits& bits, int64_t value_head) const {
     if (gate == FD_GATE_NONE) return 0.0f;
@@ -91,8 +95,7 @@ struct Gates {
     return -expf(A_log[value_head * A_log.stride[0]]) * softplus;
   }
   __device__ float log_decay(int64_t batch, int64_t token, int64_t value_head) const {
-    const uint32_t x = gate == FD_GATE_NONE ? 0 : load_bits(g.data, g.type, g.at(batch, token, value_head));
-    return log_decay(Bits{x, 0}, value_head);
+    return log_decay(gate_bits(batch, token, value_head), value_head);
   }
 
   __device__ float write_strength(const Bits& bits) const {
