@@ -108,11 +108,18 @@ __global__ void __launch_bounds__(FOLD_THREADS) fold_kernel(const __grid_constan
       state = make_float4(p.initial.states[first], p.initial.states[first + at.key], p.initial.states[first + 2 * at.key],
                           p.initial.states[first + 3 * at.key]);
     }
+    // B of the next two runs is on its way.
+    const auto load_outcome = [&](int run) {
+      return run + 1 < chain.runs ? *reinterpret_cast<const float4*>(rows_of(run) + value * KEYS + key) : float4{};
+    };
+    float4 next = load_outcome(0), after_next = load_outcome(1);
     for (int i = 0;; ++i) {
       const int64_t start = (static_cast<int64_t>(chain.start + i) * p.value_heads + value_head) * p.values + value;
       *reinterpret_cast<float4*>(p.starts + start * KEYS + key) = state;
       if (i + 1 == chain.runs) break;
-      const float4 b = *reinterpret_cast<const float4*>(rows_of(i) + value * KEYS + key);
+      const float4 b = next;
+      next = after_next;
+      after_next = load_outcome(i + 2);
       if (shared.exact[i] == 0) {
         state = b;
         continue;

@@ -80,6 +80,11 @@ struct Gates {
     uint32_t g, beta;
   };
 
+  __device__ Bits bits(int64_t batch, int64_t token, int64_t value_head) const {
+    Bits bits = gate_bits(batch, token, value_head);
+    if (strength != FD_BETA_ONE) bits.beta = load_bits(beta.data, beta.type, beta.at(batch, token, value_head));
+    return bits;
+  }
   __device__ Bits gate_bits(int64_t batch, int64_t token, int64_t value_head) const {
     return {gate == FD_GATE_NONE ? 0 : load_bits(g.data, g.type, g.at(batch, token, value_head)), 0};
   }
@@ -104,8 +109,7 @@ struct Gates {
     return strength == FD_BETA_VALUE ? x : largest / (1.0f + expf(-x));
   }
   __device__ float write_strength(int64_t batch, int64_t token, int64_t value_head) const {
-    const uint32_t x = strength == FD_BETA_ONE ? 0 : load_bits(beta.data, beta.type, beta.at(batch, token, value_head));
-    return write_strength(Bits{0, x});
+    return write_strength(bits(batch, token, value_head));
   }
 };
 

@@ -18,16 +18,24 @@ template <typename T, typename Parameters>
 __device__ __forceinline__ float chunk_factor(const Parameters& p, int64_t batch, int value_head, int64_t first) {
   constexpr float LOG2E = 1.44269504088896341f, ROUNDING = 1e-5f;
   const int head = value_head / (p.value_heads / p.heads);
-  float sum = 0, size = 0;
+  // All loads first: none takes part in finding another.
+  uint4 rows[2][KEYS / 8];
+  Gates::Bits bits[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int64_t token = first + 32 * i;
+    bits[i] = p.gates.bits(batch, token, value_head);
     const auto* row = reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(p.k.data) + p.k.at(batch, token, head));
+#pragma unroll
+    for (int j = 0; j < KEYS / 8; ++j) rows[i][j] = row[j];
+  }
+  float sum = 0, size = 0;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
     float square = 0;
 #pragma unroll
     for (int j = 0; j < KEYS / 8; ++j) {
-      const uint4 x = row[j];
-      const uint32_t word[4] = {x.x, x.y, x.z, x.w};
+      const uint32_t word[4] = {rows[i][j].x, rows[i][j].y, rows[i][j].z, rows[i][j].w};
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const float2 y = unpack<T>(word[e]);
@@ -35,8 +43,8 @@ __device__ __forceinline__ float chunk_factor(const Parameters& p, int64_t batch
       }
     }
     if (p.l2norm != 0) square /= square + p.l2norm_eps;
-    const float growth = log2f(fmaxf(1.0f, fabsf(1.0f - p.gates.write_strength(batch, token, value_head) * square)));
-    const float decay = fmaxf(p.gates.log_decay(batch, token, value_head) * LOG2E, -1e4f);
+    const float growth = log2f(fmaxf(1.0f, fabsf(1.0f - p.gates.write_strength(bits[i]) * square)));
+    const float decay = fmaxf(p.gates.log_decay(bits[i], value_head) * LOG2E, -1e4f);
     sum += growth + decay;
     size += growth + fabsf(decay);
   }
