@@ -78,6 +78,50 @@ TEST_F(Cuda, EveryVariantOfTheStepMatchesTheReference) {
   }
 }
 
+// The kernel for 128 keys: layouts, state types, groups of tokens, states after every token, one to several warps per block,
+// sequences without tokens.
+TEST_F(Cuda, StepsOnSlabsMatchTheReference) {
+  std::uint64_t seed = 0;
+  for (const std::int64_t V : {32, 64, 96, 128}) {
+    for (const bool v_first : {false, true}) {
+      for (const fd_dtype initial : {FD_FLOAT32, FD_BFLOAT16}) {
+        for (const fd_dtype final : {FD_FLOAT32, FD_BFLOAT16}) {
+          for (const std::int64_t T : {0, 1, 2, 4, 9}) {
+            ++seed;
+            Case c{.name = "slabs", .lengths = {T, T}, .H = 1, .HV = 2, .K = 128, .V = V};
+            if (seed % 3 == 0) c.packed = true, c.lengths = {T, 0, 1, 5}, c.padding = 3;
+            c.initial_dtype = initial;
+            c.final_dtype = final;
+            c.v_first = v_first;
+            c.pool = seed % 2 == 0;
+            c.strided = seed % 7 == 0;
+            c.l2norm = seed % 4 < 2;
+            c.slots = c.pool && !c.packed && seed % 5 == 0 ? T : 0;
+            SCOPED_TRACE("V " + std::to_string(V) + ", T " + std::to_string(T) + ", seed " + std::to_string(seed));
+            expect_right(c, seed);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Enough heads for blocks of several warps.
+TEST_F(Cuda, StepsOnManySlabsMatchTheReference) {
+  std::uint64_t seed = 0;
+  for (const bool v_first : {false, true}) {
+    for (const fd_dtype type : {FD_FLOAT32, FD_BFLOAT16}) {
+      for (const std::int64_t T : {1, 3}) {
+        Case c{.name = "many slabs", .lengths = {T, T}, .H = 36, .HV = 72, .K = 128, .V = 128};
+        c.initial_dtype = c.final_dtype = type;
+        c.v_first = v_first;
+        SCOPED_TRACE("T " + std::to_string(T) + ", seed " + std::to_string(++seed));
+        expect_right(c, seed);
+      }
+    }
+  }
+}
+
 TEST_F(Cuda, RandomStepsMatchTheReference) {
   std::mt19937_64 random(5);
   for (std::uint64_t seed = 0; seed < 200; ++seed) {

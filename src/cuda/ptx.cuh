@@ -18,6 +18,14 @@ __device__ inline uint2 load_once(const uint2* address) {
   return x;
 }
 
+// Copies 16 bytes to shared memory without waiting, past L1. Both addresses are aligned to 16 bytes.
+__device__ inline void copy_async(void* shared, const void* global) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+}
+// Waits for all copies this thread has started.
+__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // Waits until the kernels that this one depends on have ended and their writes are visible. Does nothing where kernels of a
 // stream do not overlap.
 __device__ inline void wait_for_earlier_kernels() {

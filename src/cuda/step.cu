@@ -24,6 +24,7 @@
 #include "cuda/device.hpp"
 #include "cuda/inputs.cuh"
 #include "cuda/ptx.cuh"
+#include "cuda/step_slab.cuh"
 
 namespace flashdelta::cuda {
 namespace {
@@ -31,28 +32,6 @@ namespace {
 constexpr int MAX_TOKENS = 8;   // taken at once
 constexpr int VECTORS = 8;      // of 16 bytes (8 where a state of 2-byte elements meets one of 4) per thread
 constexpr int LANES_INNER = 8;  // threads side by side along the contiguous dimension of the state
-constexpr unsigned ALL_LANES = 0xffffffffu;
-
-// How vectors of a state are accessed: in one piece of 16 or 8 bytes, or, where a base or stride forbids that, by 2 bytes.
-enum class Access { whole16, whole8, pieces };
-
-struct StepParameters {
-  View q, k;  // [B, T, H, K]
-  View v, o;  // [B, T, HV, V]
-  Gates gates;
-  Sequences sequences;
-  Pool initial, final;  // states: [P, HV, K, V] or [P, HV, V, K]
-  Access initial_access, final_access;
-  const void* accepted;  // [N], of the indices' type; null: slot 0
-  bool state_per_token;  // final.index is [N, S]
-  int32_t HV, group;     // value heads; of these, per query/key head
-  int32_t K, V;
-  int32_t value_blocks;  // blocks per head
-  int32_t capacity;      // tokens taken at once, <= MAX_TOKENS
-  bool l2norm;
-  float l2norm_eps, scale;
-};
-
 // How a block of KEYS threads holds its slice. Thread groups of 8 lie along the contiguous ("inner") dimension of the state,
 // the groups along the other ("outer") one. VECTOR: elements of a vector.
 //   [K, V]: outer = key, 8 per thread; inner = value, one vector per thread
@@ -158,32 +137,6 @@ __device__ uint4 pack_vector(const float (&x)[VECTOR], fd_dtype type) {
     for (int i = 0; i < 4; ++i) words[i] = __float_as_uint(x[i]);
   }
   return {words[0], words[1], words[2], words[3]};
-}
-
-// Sums x over the lanes that differ in the bits MASK, MASK / 2, .. LAST, and leaves each lane with its share: returns p such
-// that x[0..] holds the sums of elements p.. (COUNT over the number of lanes of them, at least one).
-template <int COUNT, int MASK, int LAST>
-__device__ int sum_and_share(float* x, int lane) {
-  int position = 0;
-  if constexpr (COUNT > 1) {
-    const bool upper = (lane & MASK) != 0;
-#pragma unroll
-    for (int i = 0; i < COUNT / 2; ++i) {
-      const float given = upper ? x[i] : x[i + COUNT / 2], kept = upper ? x[i + COUNT / 2] : x[i];
-      x[i] = kept + __shfl_xor_sync(ALL_LANES, given, MASK);
-    }
-    position = upper ? COUNT / 2 : 0;
-  } else {
-    x[0] += __shfl_xor_sync(ALL_LANES, x[0], MASK);
-  }
-  if constexpr (MASK > LAST) position += sum_and_share<(COUNT > 1 ? COUNT / 2 : 1), MASK / 2, LAST>(x, lane);
-  return position;
-}
-
-__device__ float sum_of_warp(float x) {
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) x += __shfl_xor_sync(ALL_LANES, x, mask);
-  return x;
 }
 
 // The slice of one state that a block works on, spread over its threads' registers.
@@ -316,30 +269,6 @@ __device__ char* slice_address(const View& states, int64_t row, int value_head, 
   const int64_t offset =
       row * states.stride[0] + value_head * states.stride[1] + first_value * (S::V_FIRST ? states.stride[2] : 1);
   return static_cast<char*>(states.data) + offset * (states.type == FD_FLOAT32 ? 4 : 2);
-}
-
-// Row [batch, token, head] of q or k: element lane + 32 i in x[i], zero past K.
-template <int COUNT>
-__device__ void load_row(float (&x)[COUNT], const View& tensor, int64_t offset, int K, int lane) {
-  const auto each = [&](auto&& element) {
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) x[i] = lane + 32 * i < K ? element(offset + lane + 32 * i) : 0.0f;
-  };
-  if (tensor.type == FD_FLOAT32) {
-    each([&](int64_t i) { return static_cast<const float*>(tensor.data)[i]; });
-  } else if (tensor.type == FD_BFLOAT16) {
-    each([&](int64_t i) { return __bfloat162float(static_cast<const __nv_bfloat16*>(tensor.data)[i]); });
-  } else {
-    each([&](int64_t i) { return __half2float(static_cast<const __half*>(tensor.data)[i]); });
-  }
-}
-
-template <int COUNT>
-__device__ float l2norm_factor(const float (&x)[COUNT], float eps) {
-  float sum = 0;
-#pragma unroll
-  for (int i = 0; i < COUNT; ++i) sum = fmaf(x[i], x[i], sum);
-  return 1.0f / sqrtf(sum_of_warp(sum) + eps);
 }
 
 // Brings tokens begin .. begin + count into shared memory: k, q, v, decays, write strengths. One token per warp.
@@ -537,6 +466,49 @@ Access access_of(const View& states, int vector) {
   return !whole ? Access::pieces : bytes == 16 ? Access::whole16 : Access::whole8;
 }
 
+// A variant of the slab kernel, and how many warps a block has.
+struct SlabVariant {
+  void (*kernel)(StepParameters);
+  std::size_t (*shared_bytes)(int warps);
+  int warps;
+};
+
+template <bool V_FIRST, int VECTOR, int TOKENS>
+constexpr SlabVariant slab_variant() {
+  using S = Slab<V_FIRST, VECTOR, TOKENS>;
+  return {slab_kernel<S>, S::shared_bytes, 0};
+}
+
+constexpr int64_t FEW_SLABS = 512;
+
+// Null kernel where slabs cannot serve the call.
+SlabVariant choose_slab(const fd_problem& p, const StepParameters& call) {
+  const Pool& initial = call.initial;
+  const Pool& final = call.final;
+  const fd_dtype type = final.states.data != nullptr ? p.final_dtype : p.initial_dtype;
+  const auto serves = [&](const Pool& pool, Access access) {
+    return pool.states.data == nullptr || (pool.states.type == type && access == Access::whole16);
+  };
+  if (p.K != SLAB_KEYS || p.V % SLAB_VALUES != 0) return {};
+  if (!serves(initial, call.initial_access) || !serves(final, call.final_access)) return {};
+  const bool packed = call.sequences.cu_seqlens != nullptr;
+  const bool one_token = call.state_per_token || p.T == 1 || (packed && p.T <= p.N);  // at once
+  // A slab holds the state as it was given: between groups of tokens, bf16 would be rounded.
+  if (type == FD_BFLOAT16 && (packed || call.state_per_token ? p.T > 1 : p.T > SLAB_TOKENS)) return {};
+
+  static constexpr SlabVariant VARIANTS[2][2][2] = {{{slab_variant<false, 4, 1>(), slab_variant<false, 4, SLAB_TOKENS>()},
+                                                     {slab_variant<false, 8, 1>(), slab_variant<false, 8, SLAB_TOKENS>()}},
+                                                    {{slab_variant<true, 4, 1>(), slab_variant<true, 4, SLAB_TOKENS>()},
+                                                     {slab_variant<true, 8, 1>(), slab_variant<true, 8, SLAB_TOKENS>()}}};
+  const bool narrow = type == FD_BFLOAT16;
+  const int64_t slabs = p.V / SLAB_VALUES;
+  // 32 KB of slabs per block; single warps where there would be too few blocks for the device.
+  int warps = p.N * p.HV * slabs <= FEW_SLABS ? 1 : narrow ? 4 : 2;
+  while (slabs % warps != 0) warps /= 2;
+  const SlabVariant chosen = VARIANTS[p.state_v_first != 0][narrow][!one_token];
+  return {chosen.kernel, chosen.shared_bytes, warps};
+}
+
 constexpr int64_t MAX_K = 256;
 constexpr int64_t MIN_VALUES = 32;  // of a block, over all variants
 
@@ -594,7 +566,7 @@ fd_status step(const fd_step_args& args, void*, void* stream) {
   const int64_t value_blocks = (p.V + variant.values - 1) / variant.values;
   const int capacity = static_cast<int>(std::clamp<int64_t>(p.T, 1, MAX_TOKENS));
 
-  const StepParameters parameters = {
+  StepParameters parameters = {
       .q = View(args.q, p.dtype),
       .k = View(args.k, p.dtype),
       .v = View(args.v, p.dtype),
@@ -617,6 +589,16 @@ fd_status step(const fd_step_args& args, void*, void* stream) {
       .l2norm_eps = static_cast<float>(p.l2norm_eps),
       .scale = static_cast<float>(p.scale),
   };
+  const SlabVariant slab = choose_slab(p, parameters);
+  if (slab.kernel != nullptr) {
+    const int64_t slab_blocks = p.V / (SLAB_VALUES * slab.warps);
+    parameters.value_blocks = static_cast<int32_t>(slab_blocks);
+    const Launch config = {.name = "step kernel",
+                           .grid = dim3(static_cast<unsigned>(p.N * p.HV * slab_blocks)),
+                           .block = dim3(static_cast<unsigned>(32 * slab.warps)),
+                           .shared = slab.shared_bytes(slab.warps)};
+    return launch(slab.kernel, config, parameters, stream);
+  }
   const Launch config = {.name = "step kernel",
                          .grid = dim3(static_cast<unsigned>(p.N * p.HV * value_blocks)),
                          .block = dim3(static_cast<unsigned>(variant.threads)),
