@@ -6,16 +6,17 @@
 
 namespace flashdelta::cuda {
 
-// Cycles on one SM. PREDICTIONS from the tensor cores' and memory's rates and the counted instructions; none is measured.
+// Cycles on one SM, fitted to an H200's times of the forward with and without runs (docs/kernels.md). The last three were
+// taken apart from totals, before the planner, the windows and the fold were made faster: predictions until measured again.
 struct Costs {
-  static constexpr float HALF_CHUNK = 1800;    // forward, a chunk, 64 values
-  static constexpr float FULL_CHUNK = 2800;    // forward, a chunk, 128 values
-  static constexpr float WALK_CHUNK = 1700;    // pre-pass, a chunk, 128 rows of values or transition
-  static constexpr float PREPARE_CHUNK = 900;  // pre-pass, tile T of a chunk
-  static constexpr float RUN = 6000;           // until a run's first chunk is under way
-  static constexpr float FOLD_STEP = 1800;     // from one run's first state to the next's
-  static constexpr float EMPTY = 12000;        // kernels of the pre-pass that find nothing to do
-  static constexpr float PRE_PASS = 30000;     // their start where there is something to do
+  static constexpr float HALF_CHUNK = 3200;     // forward, a chunk, 64 values
+  static constexpr float FULL_CHUNK = 5000;     // forward, a chunk, 128 values
+  static constexpr float WALK_CHUNK = 3500;     // pre-pass, a chunk, 128 rows of values or transition
+  static constexpr float PREPARE_CHUNK = 1800;  // pre-pass, tile T of a chunk
+  static constexpr float RUN = 9000;            // until a run's first chunk is under way
+  static constexpr float FOLD_STEP = 2500;      // from one run's first state to the next's
+  static constexpr float PRE_PASS = 60000;      // start of the pre-pass's kernels
+  static constexpr float EMPTY = 18000;         // likewise, where they find nothing to do
 };
 
 // What a call's work is divided into.

@@ -114,10 +114,10 @@ bool may_split(const fd_problem& p) {
   if (p.N == p.B) {  // the lengths are known
     const float whole = plain(p.N, chunks);
     return best_split(split, p.N, chunks, constant) <= whole ||
-           (best_split(split, p.N, chunks, decaying) <= 0.9f * whole && Costs::EMPTY <= 0.03f * whole);
+           (best_split(split, p.N, chunks, decaying) <= 0.8f * whole && Costs::EMPTY <= 0.03f * whole);
   }
   const int equal = std::max(1, static_cast<int>(longest / p.N));
-  return best_split(split, 1, chunks, decaying) <= 0.9f * plain(1, chunks) && Costs::EMPTY <= 0.03f * plain(p.N, equal);
+  return best_split(split, 1, chunks, decaying) <= 0.8f * plain(1, chunks) && Costs::EMPTY <= 0.03f * plain(p.N, equal);
 }
 
 }  // namespace

@@ -213,12 +213,12 @@ TEST(EmulatedPlan, CutsSequencesWhereThatShouldPay) {
     return lengths;
   }();
   const std::vector<Decision> decisions = {
-      {{32768}, 16, 64, true, 0, 0},        {{32768}, 16, 32, true, 1, 1},
+      {{32768}, 16, 64, false, 0, 0},       {{32768}, 16, 32, true, 0, 1},
       {{32768}, 4, 16, true, 1, 1},         {{32768}, 2, 8, true, 1, 1},
       {{65536}, 2, 8, true, 1, 1},          {{8192}, 16, 32, false, 0, 0},
       {{8192}, 2, 8, true, 1, 1},           {{2048}, 2, 8, false, 0, 0},
       {{512}, 16, 32, false, 0, 0},         {{8192, 8192, 8192, 8192}, 16, 64, true, 0, 0},
-      {tail, 16, 32, true, 1, 1},           {{28672, 4096}, 16, 32, true, 1, 1},
+      {tail, 16, 32, true, 1, 1},           {{28672, 4096}, 16, 32, true, 0, 1},
       {{16384, 16384}, 16, 32, true, 0, 0}, {{2048, 2048, 2048, 2048}, 16, 32, false, 0, 0},
   };
   for (const Decision& decision : decisions) {
