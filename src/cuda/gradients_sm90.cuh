@@ -128,7 +128,7 @@ __device__ __forceinline__ void sum_states(const GradientParameters& p, SharedMe
       total = warp_sum(total);
       wait_free(shared, SUMS_FREE, heads);
       if (lane == 0) shared.sums[heads.stage].state[turn] = total;
-      arrive(shared, SUMS_FULL, heads, lane);
+      arrive_each(shared, SUMS_FULL, heads);
       heads.next<HEADS>();
     }
   }
@@ -219,7 +219,7 @@ __device__ __forceinline__ void write_gates(const GradientParameters& p, SharedM
       wait_full(shared, SUMS_FULL, heads);
       gather(shared.sums[heads.stage], shared.vectors[heads.stage], dg, dbeta, lane);
       arrive(shared, VECTORS_FREE, heads, lane);
-      arrive(shared, SUMS_FREE, heads, lane);
+      arrive_each(shared, SUMS_FREE, heads);
       heads.next<HEADS>();
 
       float2 sum = {0.0f, 0.0f};
@@ -356,7 +356,7 @@ __device__ __forceinline__ void run_queries(const GradientParameters& p, SharedM
         sums.overlap[lane.row + 8] = overlap.y;
       }
       arrive(shared, VECTORS_FREE, heads, lane_number());
-      arrive(shared, SUMS_FULL, heads, lane_number());
+      arrive_each(shared, SUMS_FULL, heads);
       wgmma_wait<0>();
       accumulators_ready(dq);
     }
@@ -478,7 +478,7 @@ __device__ __forceinline__ void run_keys(const GradientParameters& p, SharedMemo
       f0 = vectors.key[lane.row];
       f1 = vectors.key[lane.row + 8];
       arrive(shared, VECTORS_FREE, heads, lane_number());
-      arrive(shared, SUMS_FULL, heads, lane_number());
+      arrive_each(shared, SUMS_FULL, heads);
       if (i == 0 && thread_number() == 0) {  // the dk of the item before has left
         stores_wait_read<0>();
         barrier_arrive(barrier_address(shared, PRODUCTS_FREE, 0));
@@ -510,8 +510,9 @@ __global__ void __launch_bounds__(gradients::THREADS, 1) gradients_kernel(const 
 
   if (threadIdx.x == 0) {
     constexpr int queries = 4, keys = 4, both = queries + keys, states = 2, gates = 1;  // warps
-    const int arrivals[BARRIERS] = {1,    both + states + gates, 1,     both, 1, both + states, 1, both + gates, queries,
-                                    keys, both + states,         gates, 1};
+    const int arrivals[BARRIERS] = {
+        1,    both + states + gates, 1,          both, 1, both + states, 1, both + gates, queries,
+        keys, 32 * (both + states),  32 * gates, 1};
     init_barriers(shared, arrivals);
   }
   if (p.has_do == 0) {

@@ -31,8 +31,8 @@ enum Barrier {
   VECTORS_FREE,   // queries, keys, gates -> loads
   TILES_FULL,     // queries -> keys
   TILES_FREE,     // keys -> queries
-  SUMS_FULL,      // queries, keys, states -> gates
-  SUMS_FREE,      // gates -> queries, keys, states
+  SUMS_FULL,      // each thread of queries, keys, states -> gates
+  SUMS_FREE,      // each thread of gates -> queries, keys, states
   PRODUCTS_FREE,  // keys -> queries: their dk has left the space of K K^T
   BARRIERS
 };
@@ -72,6 +72,13 @@ struct alignas(1024) SharedMemory {
 };
 static_assert(sizeof(SharedMemory) <= 227 * 1024);
 static_assert(sizeof(ChunkVectors) % 16 == 0);
+
+// One arrival per thread, where all lanes have written or read: the sanitizer's race check does not take what the others of
+// a warp did to come before the arrival of one, although __syncwarp lies between.
+template <typename Shared>
+__device__ __forceinline__ void arrive_each(Shared& shared, int barrier, const Ring& ring) {
+  barrier_arrive(barrier_address(shared, barrier, ring.stage));
+}
 
 // --- for a warpgroup
 
