@@ -152,22 +152,25 @@ class Stress {
     if (sampled) compare_with_host(call, first, mirror);
   }
 
-  // ": dk 12 from byte 4096, ..."
+  // ": dk 12 of 4194304 from byte 4096, ...", last the workspace: in it the first kernel that went another way left its mark.
   std::string differing_outputs(const Run& first, const Run& second) {
     std::string text;
-    for (std::size_t i = 0; i < first.outputs.size(); ++i) {
-      const Buffer &a = first.outputs[i].buffer, &b = second.outputs[i].buffer;
+    const auto compare = [&](const std::string& name, const Buffer& a, const Buffer& b) {
       std::vector<unsigned char> x(a.bytes), y(b.bytes);
-      if (x.empty()) continue;
+      if (x.empty()) return;
       machine_.download(x.data(), a.data, x.size());
       machine_.download(y.data(), b.data, y.size());
       const auto at = static_cast<std::size_t>(std::mismatch(x.begin(), x.end(), y.begin()).first - x.begin());
-      if (at == x.size()) continue;
+      if (at == x.size()) return;
       std::size_t different = 0;
       for (std::size_t j = at; j < x.size(); ++j) different += x[j] != y[j] ? 1 : 0;
-      text += (text.empty() ? ": " : ", ") + first.outputs[i].name + " " + std::to_string(different) + " of " +
-              std::to_string(x.size()) + " from byte " + std::to_string(at);
+      text += (text.empty() ? ": " : ", ") + name + " " + std::to_string(different) + " of " + std::to_string(x.size()) +
+              " from byte " + std::to_string(at);
+    };
+    for (std::size_t i = 0; i < first.outputs.size(); ++i) {
+      compare(first.outputs[i].name, first.outputs[i].buffer, second.outputs[i].buffer);
     }
+    compare("workspace", first.workspace, second.workspace);
     return text;
   }
 
