@@ -152,7 +152,7 @@ class Stress {
     if (sampled) compare_with_host(call, first, mirror);
   }
 
-  // ": dk 12 of 4194304 from byte 4096, ...", last the workspace: in it the first kernel that went another way left its mark.
+  // ": dk 12 of 4194304 from byte 4096, ...". The workspace tells which kernel was the first that differed.
   std::string differing_outputs(const Run& first, const Run& second) {
     std::string text;
     const auto compare = [&](const std::string& name, const Buffer& a, const Buffer& b) {
