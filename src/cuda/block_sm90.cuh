@@ -34,13 +34,13 @@ template <typename Shared>
 __device__ __forceinline__ uint32_t barrier_address(Shared& shared, int barrier, int stage) {
   return shared_address(&shared.barriers[barrier][stage]);
 }
-template <typename Shared>
+template <bool HINT = true, typename Shared>
 __device__ __forceinline__ void wait_full(Shared& shared, int barrier, const Ring& ring) {
-  barrier_wait(barrier_address(shared, barrier, ring.stage), ring.parity);
+  barrier_wait<HINT>(barrier_address(shared, barrier, ring.stage), ring.parity);
 }
-template <typename Shared>
+template <bool HINT = true, typename Shared>
 __device__ __forceinline__ void wait_free(Shared& shared, int barrier, const Ring& ring) {
-  barrier_wait(barrier_address(shared, barrier, ring.stage), ring.parity ^ 1);
+  barrier_wait<HINT>(barrier_address(shared, barrier, ring.stage), ring.parity ^ 1);
 }
 // One arrival per warp, after all its lanes came here.
 template <typename Shared>

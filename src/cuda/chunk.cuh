@@ -64,7 +64,8 @@ __device__ __forceinline__ void gate_transposed(uint32_t (&out)[4], const float 
 // One piece of code for all warps, because four would not fit in the cache of instructions.
 template <typename T, bool FACTORED>
 __device__ __forceinline__ void solve_rows(uint32_t (&out)[4][4], uint32_t lower, uint32_t inverses, const ChunkGates& gates,
-                                           int w, int lane) {
+                                           int w, int lane_) {
+  const int lane = opaque(lane_);
   const int r8 = lane & 7, upper = (lane >> 3) & 1, right = lane >> 4;  // the lane's row of the ldmatrix of 16 x 16
   const int row = 16 * w + (lane >> 2);
   const float* later = (FACTORED ? gates.rise : gates.gam) + 16 * w + 2 * (lane & 3);
@@ -119,7 +120,8 @@ __device__ __forceinline__ void solve_rows(uint32_t (&out)[4][4], uint32_t lower
 // The warp's 16 rows of P from those of Q K^T, rounded, into the tile; zero right of the diagonal.
 template <typename T, bool FACTORED>
 __device__ __forceinline__ void write_queries(const float (&qk)[32], uint32_t tile_p, const ChunkGates& gates, int w,
-                                              int lane) {
+                                              int lane_) {
+  const int lane = opaque(lane_);
   const int r8 = lane & 7, upper = (lane >> 3) & 1, right = lane >> 4, row = 16 * w + (lane >> 2), column = 2 * (lane & 3);
   const float r0 = FACTORED ? gates.output[row] : gates.query[row],
               r1 = FACTORED ? gates.output[row + 8] : gates.query[row + 8];
@@ -131,25 +133,27 @@ __device__ __forceinline__ void write_queries(const float (&qk)[32], uint32_t ti
   const uint32_t at = tile_p + (16 * w + r8 + 8 * upper) * 128;
 #pragma unroll
   for (int b = 0; b < 4; ++b) {
-    uint32_t y[4];
+    uint32_t y[4] = {};
+    if (b <= w) {  // the fewer blocks here, the more in solve_rows
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      const int j = 16 * b + 8 * n + column;
-      const float2 c = *reinterpret_cast<const float2*>(&gates.fall_key[j]);
-      float f[4] = {r0 * c.x, r0 * c.y, r1 * c.x, r1 * c.y};
-      if constexpr (!FACTORED) {
-        const float2 g = *reinterpret_cast<const float2*>(&gates.gam[j]);
-        f[0] *= gate<false>(g0, g.x);
-        f[1] *= gate<false>(g0, g.y);
-        f[2] *= gate<false>(g1, g.x);
-        f[3] *= gate<false>(g1, g.y);
+      for (int n = 0; n < 2; ++n) {
+        const int j = 16 * b + 8 * n + column;
+        const float2 c = *reinterpret_cast<const float2*>(&gates.fall_key[j]);
+        float f[4] = {r0 * c.x, r0 * c.y, r1 * c.x, r1 * c.y};
+        if constexpr (!FACTORED) {
+          const float2 g = *reinterpret_cast<const float2*>(&gates.gam[j]);
+          f[0] *= gate<false>(g0, g.x);
+          f[1] *= gate<false>(g0, g.y);
+          f[2] *= gate<false>(g1, g.x);
+          f[3] *= gate<false>(g1, g.y);
+        }
+        const float* x = qk + 8 * b + 4 * n;
+        y[2 * n] = pack<T>(x[0] * f[0], x[1] * f[1]);
+        y[2 * n + 1] = pack<T>(x[2] * f[2], x[3] * f[3]);
       }
-      const float* x = qk + 8 * b + 4 * n;
-      y[2 * n] = pack<T>(x[0] * f[0], x[1] * f[1]);
-      y[2 * n + 1] = pack<T>(x[2] * f[2], x[3] * f[3]);
-    }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) y[i] &= b < w ? ~0u : b == w ? diagonal[i] : 0u;
+      for (int i = 0; i < 4; ++i) y[i] &= b < w ? ~0u : diagonal[i];
+    }
     store_matrices(at + (((2 * b + right) ^ r8) << 4), y[0], y[1], y[2], y[3]);
   }
 }

@@ -187,7 +187,7 @@ __device__ __forceinline__ void make_gates(const ForwardParameters& p, SharedMem
   Ring items;
   uint32_t count = 0;  // chunks so far
   while (true) {
-    wait_full(shared, ITEM_FULL, items);
+    wait_full<false>(shared, ITEM_FULL, items);
     const Item& item = shared.items[items.stage];  // read again where needed: registers are short
     if (item.sequence < 0) break;
     // A chunk ahead: a load takes longer than anything else that is done here for a chunk.
@@ -199,12 +199,12 @@ __device__ __forceinline__ void make_gates(const ForwardParameters& p, SharedMem
       const Ring ring = ring_at<Shape<STATE>::GATES>(count), keys = ring_at<Shape<STATE>::KQ>(count);
       float2 nk = {1.0f, 1.0f}, nq = {1.0f, 1.0f};
       if constexpr (NORM) {
-        wait_full(shared, KQ_FULL, keys);
+        wait_full<false>(shared, KQ_FULL, keys);
         nk = inverse_norms<T>(shared_address(shared.k[keys.stage]), p.l2norm_eps, lane);
         nq = inverse_norms<T>(shared_address(shared.q[keys.stage]), p.l2norm_eps, lane);
         arrive(shared, KQ_FREE, keys, lane);
       }
-      wait_free(shared, GATES_FREE, ring);
+      wait_free<false>(shared, GATES_FREE, ring);
       fill_gates(shared.gates[ring.stage], tokens, nk, nq, p.scale, lane);
       arrive(shared, GATES_FULL, ring, lane);
     }

@@ -50,26 +50,38 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
 __device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
+// False if the phase has not ended after a while, in which the warp sleeps: with HINT (a register) so long that it hardly
+// ever takes turns from others.
+template <bool HINT = true>
 __device__ __forceinline__ bool barrier_try(uint32_t barrier, uint32_t parity) {
+  constexpr uint32_t NANOSECONDS = 10'000'000;
   uint32_t done;
-  asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-               : "=r"(done)
-               : "r"(barrier), "r"(parity)
-               : "memory");
+  if constexpr (HINT) {
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2, %3;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done)
+                 : "r"(barrier), "r"(parity), "n"(NANOSECONDS)
+                 : "memory");
+  } else {
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+  }
   return done != 0;
 }
 // Waits for the end of the phase of this parity. With FLASHDELTA_SPIN_LIMIT a wait that takes too long is a trap, not a
 // hang.
+template <bool HINT = true>
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
 #if defined(FLASHDELTA_SPIN_LIMIT)
-  for (uint32_t i = 0; !barrier_try(barrier, parity); ++i) {
+  for (uint32_t i = 0; !barrier_try<HINT>(barrier, parity); ++i) {
     if (i > FLASHDELTA_SPIN_LIMIT) {
       printf("block %d thread %d: barrier at %u, parity %u\n", blockIdx.x, threadIdx.x, barrier, parity);
       __trap();
     }
   }
 #else
-  while (!barrier_try(barrier, parity)) {
+  while (!barrier_try<HINT>(barrier, parity)) {
   }
 #endif
 }

@@ -115,7 +115,8 @@ inline void barrier_arrive(uint32_t barrier) {
   if (emulation::chance(4)) emulation::pause();
 }
 inline void barrier_arrive_expect(uint32_t barrier, int bytes) { emulation::arrive(emulation::barrier_at(barrier), bytes); }
-inline void barrier_wait(uint32_t barrier, uint32_t parity) {
+template <bool HINT = true>
+void barrier_wait(uint32_t barrier, uint32_t parity) {
   const unsigned& phase = emulation::barrier_at(barrier).phase;
   while ((phase & 1) == parity) emulation::wait_while(phase, phase);
 }
