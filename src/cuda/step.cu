@@ -470,13 +470,13 @@ Access access_of(const View& states, int vector) {
 struct SlabVariant {
   void (*kernel)(StepParameters);
   std::size_t (*shared_bytes)(int warps);
-  int warps;
+  int warps;  // of a block
 };
 
 template <bool V_FIRST, int VECTOR, int TOKENS>
 constexpr SlabVariant slab_variant() {
   using S = Slab<V_FIRST, VECTOR, TOKENS>;
-  return {slab_kernel<S>, S::shared_bytes, 0};
+  return {slab_kernel<S>, S::shared_bytes, S::WARPS};
 }
 
 constexpr int64_t FEW_SLABS = 512;
@@ -502,10 +502,10 @@ SlabVariant choose_slab(const fd_problem& p, const StepParameters& call) {
                                                      {slab_variant<true, 8, 1>(), slab_variant<true, 8, SLAB_TOKENS>()}}};
   const bool narrow = type == FD_BFLOAT16;
   const int64_t slabs = p.V / SLAB_VALUES;
-  // 32 KB of slabs per block; single warps where there would be too few blocks for the device.
-  int warps = p.N * p.HV * slabs <= FEW_SLABS ? 1 : narrow ? 4 : 2;
-  while (slabs % warps != 0) warps /= 2;
   const SlabVariant chosen = VARIANTS[p.state_v_first != 0][narrow][!one_token];
+  // Single warps where there would be too few blocks for the device.
+  int warps = p.N * p.HV * slabs <= FEW_SLABS ? 1 : chosen.warps;
+  while (slabs % warps != 0) warps /= 2;
   return {chosen.kernel, chosen.shared_bytes, warps};
 }
 

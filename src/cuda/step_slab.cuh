@@ -10,6 +10,8 @@
 // The formulas are those of step.cu, for 1 or 4 tokens at once; more tokens take turns on the slab.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/ptx.cuh"
 #include "cuda/step.cuh"
 
@@ -48,8 +50,8 @@ struct Slab {
   static constexpr int PER_BLOCK = TOKENS * (2 * PITCH + 2);                    // floats
   static constexpr int PER_WARP = TOKENS * TOKENS + TOKENS * SLAB_VALUES;       // floats
 
-  static constexpr int WARPS = VECTOR == 4 ? 2 : 4;  // of a block, at most: 32 KB of slabs
-  static constexpr int BLOCKS_PER_SM = VECTOR == 8 && TOKENS > 1 ? 3 : 5;
+  static constexpr int WARPS = VECTOR == 8 && TOKENS > 1 ? 4 : 2;  // of a block, at most
+  static constexpr int BLOCKS_PER_SM = VECTOR == 4 ? 5 : TOKENS > 1 ? 3 : 8;
 
   // In shared memory. A lane owns vectors (j, r), r = 0 .. 3: of column lane % COLUMNS, in this row.
   static __device__ int row(int lane, int j, int r) {
@@ -89,13 +91,12 @@ struct Slab {
     char* address = static_cast<char*>(states.data) + first * ELEMENT + lane % COLUMNS * 16;
     const int64_t pitch = states.stride[2] * ELEMENT;
     const int64_t next = V_FIRST ? LANE_ROWS * pitch : pitch;  // from r to r + 1
-    const int64_t jump = 4 * LANE_ROWS * pitch - 3 * next;     // from r = 3 to 0 of the next j
 #pragma unroll 1
     for (int j = 0; j < QUARTERS; ++j) {
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         visit_vector(address, position(row(lane, j, r), lane % COLUMNS), j, r);
-        address += r < 3 ? next : jump;
+        address += r < 3 || V_FIRST ? next : (4 * LANE_ROWS - 3) * pitch;
       }
     }
   }
@@ -134,27 +135,62 @@ struct Slab {
     return {words[0], words[1], words[2], words[3]};
   }
 
-  // Tokens begin .. begin + count of q, k and the gates: one per warp at a time.
-  __device__ void stage(const StepParameters& p, int batch, int begin, int count, int value_head, int warp, int warps,
-                        int lane) const {
-    constexpr int COUNT = SLAB_KEYS / 32;
-#pragma unroll 1
-    for (int t = warp; t < TOKENS; t += warps) {
-      float key[COUNT] = {}, query[COUNT] = {}, log_decay = 0, write = 0;
-      if (t < count) {
-        load_row(key, p.k, p.k.at(batch, begin + t, value_head / p.group), SLAB_KEYS, lane);
-        load_row(query, p.q, p.q.at(batch, begin + t, value_head / p.group), SLAB_KEYS, lane);
-        log_decay = p.gates.log_decay(batch, begin + t, value_head);
-        write = p.gates.write_strength(batch, begin + t, value_head);
-      }
-      const float k_factor = p.l2norm ? l2norm_factor(key, p.l2norm_eps) : 1.0f;
-      const float q_factor = p.l2norm ? l2norm_factor(query, p.l2norm_eps) : 1.0f;
+  // Tokens begin .. begin + count on their way: loaded all at once, waited for later.
+  struct Loads {
+    static constexpr int COUNT = SLAB_KEYS / 32;
+    uint32_t rows[2 * TOKENS][COUNT];  // keys lane + 32 i of k_t, then of q_t: for the warp that `owns` the row
+    uint32_t v[TOKENS];                // of the lane's value
+    Gates::Bits gates;                 // of token `lane`: for warp 0
+    int warp, warps;
+
+    __device__ bool owns(int i) const { return (i & (warps - 1)) == warp; }
+
+    __device__ void start(const StepParameters& p, int batch, int begin, int count, int value_head, int value, int lane) {
+      const int64_t first_k = p.k.at(batch, begin, value_head / p.group) + lane;
+      const int64_t first_q = p.q.at(batch, begin, value_head / p.group) + lane;
+      const int64_t first_v = p.v.at(batch, begin, value_head) + value;
+      const auto load = [&](const auto* element) {
+        using Element = std::remove_reference_t<decltype(element)>;
 #pragma unroll
-      for (int i = 0; i < COUNT; ++i) {
-        k[t * PITCH + lane + 32 * i] = t < count ? key[i] * k_factor : 0.0f;
-        q[t * PITCH + lane + 32 * i] = t < count ? query[i] * q_factor : 0.0f;
+        for (int i = 0; i < 2 * TOKENS; ++i) {
+          if (i % TOKENS >= count || !owns(i)) continue;
+          const Element row = static_cast<Element>(i < TOKENS ? p.k.data : p.q.data) +
+                              (i < TOKENS ? first_k + i * p.k.stride[1] : first_q + (i - TOKENS) * p.q.stride[1]);
+#pragma unroll
+          for (int c = 0; c < COUNT; ++c) rows[i][c] = row[32 * c];
+        }
+#pragma unroll
+        for (int t = 0; t < TOKENS; ++t) {
+          if (t < count) v[t] = static_cast<Element>(p.v.data)[first_v + t * p.v.stride[1]];
+        }
+      };
+      if (p.k.type == FD_FLOAT32) {
+        load(static_cast<const uint32_t*>(nullptr));
+      } else {
+        load(static_cast<const uint16_t*>(nullptr));
       }
-      if (lane == 0) decay[t] = expf(log_decay), strength[t] = write;
+      if (warp == 0 && lane < min(count, TOKENS)) gates = p.gates.bits(batch, begin + lane, value_head);
+    }
+  };
+
+  // Brings the block's tokens into shared memory; tokens past `count` change nothing.
+  __device__ void stage(const StepParameters& p, const Loads& loads, int count, int value_head, int lane) const {
+#pragma unroll
+    for (int i = 0; i < 2 * TOKENS; ++i) {
+      if (!loads.owns(i)) continue;
+      const int t = i % TOKENS;
+      float x[Loads::COUNT] = {};
+#pragma unroll
+      for (int c = 0; c < Loads::COUNT; ++c) {
+        if (t < count) x[c] = element_of(loads.rows[i][c], p.k.type);
+      }
+      const float factor = p.l2norm && t < count ? l2norm_factor(x, p.l2norm_eps) : 1.0f;
+#pragma unroll
+      for (int c = 0; c < Loads::COUNT; ++c) (i < TOKENS ? k : q)[t * PITCH + lane + 32 * c] = x[c] * factor;
+    }
+    if (loads.warp == 0 && lane < TOKENS) {
+      decay[lane] = lane < count ? expf(p.gates.log_decay(loads.gates, value_head)) : 1.0f;
+      strength[lane] = lane < count ? p.gates.write_strength(loads.gates) : 0.0f;
     }
   }
 
@@ -228,25 +264,31 @@ __global__ void __launch_bounds__(32 * S::WARPS, S::BLOCKS_PER_SM) slab_kernel(c
   allow_later_kernels();
   const int64_t slot = p.accepted == nullptr ? 0 : load_index_element(p.accepted, p.initial.type, n) - 1;
   const int64_t initial_row = p.initial.row(n, slot);
-  if (initial_row >= 0) {
-    S::visit(p.initial.states, initial_row, value_head, first_value, lane,
-             [&](const char* address, int position, int, int) { copy_async(slab.vectors + position, address); });
-  } else {
-#pragma unroll 1
-    for (int i = lane; i < S::BYTES / 16; i += 32) slab.vectors[i] = {};
-  }
   const TokenRange tokens = p.sequences[n];
   const int64_t final_row = p.state_per_token ? -1 : p.final.row(n, 0);
   const int batch = static_cast<int>(tokens.batch), end = static_cast<int>(tokens.end);
   int begin = static_cast<int>(tokens.begin);
+  typename S::Loads loads;
+  loads.warp = warp;
+  loads.warps = warps;
+  bool first = true;
   while (true) {
     const int count = min(end - begin, TOKENS);
-    slab.stage(p, batch, begin, count, value_head, warp, warps, lane);
+    loads.start(p, batch, begin, count, value_head, value, lane);
+    if (first) {
+      if (initial_row >= 0) {
+        S::visit(p.initial.states, initial_row, value_head, first_value, lane,
+                 [&](const char* address, int position, int, int) { copy_async(slab.vectors + position, address); });
+      } else {
+#pragma unroll 1
+        for (int i = lane; i < S::BYTES / 16; i += 32) slab.vectors[i] = {};
+      }
+      first = false;
+    }
+    slab.stage(p, loads, count, value_head, lane);
     float v[TOKENS];
 #pragma unroll
-    for (int t = 0; t < TOKENS; ++t) {
-      v[t] = t < count ? p.v[p.v.at(batch, begin + t, value_head) + value] : 0.0f;
-    }
+    for (int t = 0; t < TOKENS; ++t) v[t] = t < count ? element_of(loads.v[t], p.v.type) : 0.0f;
     __syncthreads();
     slab.multiply_tokens(lane);
     wait_for_copies();
