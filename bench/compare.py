@@ -50,10 +50,10 @@ RESULTS = ("o", "final_state", "dq", "dk", "dv", "dg", "dbeta", "dinitial_state"
 
 
 def commit() -> str:
-    """The commit of the library: of the checkout, else what FLASHDELTA_COMMIT says."""
+    """The commit of the library: what FLASHDELTA_COMMIT says of one that was built elsewhere, else that of the checkout."""
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(git, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or os.environ.get("FLASHDELTA_COMMIT", "unknown")
+    given = os.environ.get("FLASHDELTA_COMMIT")
+    return given or subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 def context(found: dict[str, Any], missing: dict[str, str]) -> dict[str, Any]:

@@ -51,7 +51,8 @@ struct Slab {
   static constexpr int PER_WARP = TOKENS * TOKENS + TOKENS * SLAB_VALUES;       // floats
 
   static constexpr int WARPS = VECTOR == 8 && TOKENS > 1 ? 4 : 2;  // of a block, at most
-  static constexpr int BLOCKS_PER_SM = VECTOR == 4 ? 5 : TOKENS > 1 ? 3 : 8;
+  // One less where the registers of so many would spill.
+  static constexpr int BLOCKS_PER_SM = (VECTOR == 4 ? 5 : TOKENS > 1 ? 3 : 8) - (!V_FIRST && TOKENS > 1 ? 1 : 0);
 
   // In shared memory. A lane owns vectors (j, r), r = 0 .. 3: of column lane % COLUMNS, in this row.
   static __device__ int row(int lane, int j, int r) {
