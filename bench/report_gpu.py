@@ -258,7 +258,7 @@ def plot(result: dict[str, Any], folder: Path) -> list[str]:
                 drawn = True
         axes.set(xscale="log", yscale="log", xlabel="tokens of one sequence", ylabel="ms", title=f"{H}/{HV} heads")
     if drawn:
-        all_axes[0].legend(fontsize=7)
+        max(all_axes, key=lambda axes: len(axes.lines)).legend(fontsize=7)
         figure.savefig(folder / "h200_tokens.svg", metadata={"Date": None})
     pyplot.close(figure)
     return ["h200_tokens.svg"] if drawn else []
