@@ -56,7 +56,7 @@ TEST_F(Sm90Context, LongSequencesMatchTheReferenceInEveryMode) {
       {{8192}, 4}, {{5000, 40, 0, 700, 64, 1}, 4}, {{6000, 6000}, 2}};
   for (const auto& [lengths, HV] : sizes) {
     for (const Gates gates : {Gates::typical, Gates::zero, Gates::strong, Gates::mixed}) {
-      Case c = emulated_case(lengths);
+      Case c = sm90_case(lengths);
       c.HV = HV;
       c.gates = gates;
       c.pool = c.in_place = lengths.size() > 1;
@@ -71,7 +71,7 @@ TEST_F(Sm90Context, LongSequencesMatchTheReferenceInEveryMode) {
 }
 
 TEST_F(Sm90Context, OffDoesNotDependOnTheRestOfTheBatch) {
-  Case c = emulated_case({3000, 0, 30, 700});
+  Case c = sm90_case({3000, 0, 30, 700});
   c.padding = 10;
   const Data d = make_data(c, 4);
   const Results off = on_gpu(c, d, FD_CONTEXT_OFF);

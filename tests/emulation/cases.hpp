@@ -2,10 +2,9 @@
 #pragma once
 
 #include <cstdint>
-#include <utility>
 #include <vector>
 
-#include "tests/cases.hpp"
+#include "tests/sm90_cases.hpp"
 
 namespace flashdelta::testing {
 
@@ -13,17 +12,6 @@ namespace flashdelta::testing {
 inline constexpr double BFLOAT16_LIMIT = 0.004, FLOAT16_LIMIT = 0.001;
 
 inline double limit(const Case& c) { return c.dtype == FD_BFLOAT16 ? BFLOAT16_LIMIT : FLOAT16_LIMIT; }
-
-inline Case emulated_case(std::vector<std::int64_t> lengths, bool packed = true) {
-  Case c;
-  c.lengths = std::move(lengths);
-  c.packed = packed;
-  c.H = 1;
-  c.HV = 2;
-  c.K = c.V = 128;
-  c.dtype = FD_BFLOAT16;
-  return c;
-}
 
 // Shapes and options of the Hopper forward; sequences of more than 64 tokens have `more` on top.
 inline std::vector<Case> emulated_cases(std::int64_t more) {
@@ -34,13 +22,13 @@ inline std::vector<Case> emulated_cases(std::int64_t more) {
     for (std::int64_t& length : c.lengths) length += length > 64 ? more : 0;
     list.push_back(c);
   };
-  const Case edges = emulated_case({130, 0, 1, 63, 65}), two = emulated_case({100, 70});
+  const Case edges = sm90_case({130, 0, 1, 63, 65}), two = sm90_case({100, 70});
   add("Edges", edges, [](Case& c) { c.padding = 5, c.H = 2; });
-  add("Batch", emulated_case({70, 70}, false), [](Case& c) { c.index_dtype = FD_INT32; });
-  add("NoTokens", emulated_case({0, 0}, false), [](Case&) {});
-  add("Long", emulated_case({600}), [](Case& c) { c.HV = 1; });
-  add("CorrelatedKeys", emulated_case({200}), [](Case& c) { c.keys = Keys::correlated, c.strengths = Strengths::full; });
-  add("IdenticalKeys", emulated_case({200}), [](Case& c) { c.keys = Keys::identical, c.strengths = Strengths::full; });
+  add("Batch", sm90_case({70, 70}, false), [](Case& c) { c.index_dtype = FD_INT32; });
+  add("NoTokens", sm90_case({0, 0}, false), [](Case&) {});
+  add("Long", sm90_case({600}), [](Case& c) { c.HV = 1; });
+  add("CorrelatedKeys", sm90_case({200}), [](Case& c) { c.keys = Keys::correlated, c.strengths = Strengths::full; });
+  add("IdenticalKeys", sm90_case({200}), [](Case& c) { c.keys = Keys::identical, c.strengths = Strengths::full; });
   add("StrongDecay", two, [](Case& c) { c.gates = Gates::strong; });
   add("MixedDecay", two, [](Case& c) { c.gates = Gates::mixed, c.HV = 4; });
   add("NoGatesNoStrengths", two, [](Case& c) { c.gates = Gates::none, c.strengths = Strengths::none; });
@@ -63,10 +51,10 @@ inline std::vector<Case> emulated_cases(std::int64_t more) {
   add("OneValueBlock", two, [](Case& c) { c.V = 64; });
   add("ThreeValueBlocks", two, [](Case& c) { c.V = 192, c.padding = 3; });
   add("FourValueBlocks", two, [](Case& c) { c.V = 256, c.padding = 3; });
-  add("Checkpoints", emulated_case({64, 200, 63, 128}), [](Case& c) { c.checkpoint_interval = 64; });
-  add("SparseCheckpointsValueFirst", emulated_case({200, 200}, false),
+  add("Checkpoints", sm90_case({64, 200, 63, 128}), [](Case& c) { c.checkpoint_interval = 64; });
+  add("SparseCheckpointsValueFirst", sm90_case({200, 200}, false),
       [](Case& c) { c.checkpoint_interval = 128, c.v_first = true, c.final_dtype = FD_BFLOAT16; });
-  add("ManySequencesAndHeads", emulated_case({5, 0, 70, 1, 64, 0, 90, 3}),
+  add("ManySequencesAndHeads", sm90_case({5, 0, 70, 1, 64, 0, 90, 3}),
       [](Case& c) { c.H = 2, c.HV = 6, c.padding = 9, c.l2norm = true; });
   return list;
 }

@@ -76,7 +76,7 @@ INSTANTIATE_TEST_SUITE_P(, EmulatedContext, ::testing::ValuesIn(emulated_cases(2
 constexpr double DECAY = 0.075, CHUNK_DECAY = 64 * DECAY / std::numbers::ln2;  // log2
 
 Case decaying_case() {
-  Case c = emulated_case({16 * 64 + 5});
+  Case c = sm90_case({16 * 64 + 5});
   c.HV = 1;
   return c;
 }
@@ -153,7 +153,7 @@ TEST(EmulatedShortcut, KeysThatLengthenTheStatePreventIt) {
 // --- when sequences are cut
 
 TEST(EmulatedPlan, OffIsTheForwardOfWholeSequencesWhateverElseIsInTheBatch) {
-  Case c = emulated_case({700, 0, 30, 300});
+  Case c = sm90_case({700, 0, 30, 300});
   c.padding = 10;
   const Data d = make_data(c, 3);
   const Results off = emulated(c, d, {.context_parallel = FD_CONTEXT_OFF});
@@ -171,7 +171,7 @@ TEST(EmulatedPlan, OffIsTheForwardOfWholeSequencesWhateverElseIsInTheBatch) {
 }
 
 TEST(EmulatedPlan, LongSequencesOfFewHeadsAreCutUnasked) {
-  Case c = emulated_case({5000});
+  Case c = sm90_case({5000});
   c.HV = 1;
   c.V = 64;
   const Data d = make_data(c, 4);
@@ -185,7 +185,7 @@ TEST(EmulatedPlan, LongSequencesOfFewHeadsAreCutUnasked) {
 }
 
 TEST(EmulatedPlan, LengthsMayChangeOnTheDevice) {
-  Case host = emulated_case({500, 100, 0}), device = emulated_case({130, 0, 400});
+  Case host = sm90_case({500, 100, 0}), device = sm90_case({130, 0, 400});
   device.padding = 70;
   host.pool = device.pool = host.in_place = device.in_place = true;
   Data d = make_data(device, 5);
@@ -236,7 +236,7 @@ TEST(EmulatedPlan, CutsSequencesWhereThatShouldPay) {
 }
 
 TEST(EmulatedPlan, GarbageInCuSeqlensStaysInsideTheOutputs) {
-  const Case c = emulated_case({300, 0, 300, 50, 0, 150});
+  const Case c = sm90_case({300, 0, 300, 50, 0, 150});
   const Data d = make_data(c, 6);
   const std::vector<std::vector<std::int64_t>> garbage = {{0, 800, 0, 800, 0, 800, 0},
                                                           {-1, -5, std::int64_t{1} << 60, 0, 800, 700, 900},
@@ -264,8 +264,8 @@ fd_status forward_with_saved(const fd_forward_args* call, void* workspace, std::
 TEST(EmulatedSavedStates, AreThoseBeforeEverySegmentButTheFirst) {
   constexpr std::int64_t SEGMENT = 2048;
   for (const bool packed : {true, false}) {
-    Case c = emulated_case(packed ? std::vector<std::int64_t>{100, 2 * SEGMENT, 64, SEGMENT + 1}
-                                  : std::vector<std::int64_t>{SEGMENT + 70, SEGMENT + 70});
+    Case c = sm90_case(packed ? std::vector<std::int64_t>{100, 2 * SEGMENT, 64, SEGMENT + 1}
+                              : std::vector<std::int64_t>{SEGMENT + 70, SEGMENT + 70});
     c.packed = packed;
     c.v_first = true;
     c.V = packed ? 64 : 128;

@@ -49,7 +49,7 @@ INSTANTIATE_TEST_SUITE_P(, EmulatedForward, ::testing::ValuesIn(emulated_cases(0
                          case_name<::testing::TestParamInfo<Case>>);
 
 TEST(Emulation, TheOrderOfThreadsDoesNotMatter) {
-  Case c = emulated_case({400, 0, 65});
+  Case c = sm90_case({400, 0, 65});
   c.HV = 1;
   c.l2norm = true;
   const Data d = make_data(c, 2);
@@ -65,7 +65,7 @@ TEST(Emulation, RandomPackedBatchesMatchTheReference) {
   std::mt19937_64 random(4);
   const auto below = [&](std::uint64_t n) { return static_cast<std::int64_t>(random() % n); };
   for (std::uint64_t i = 0; i < 8; ++i) {
-    Case c = emulated_case({});
+    Case c = sm90_case({});
     for (std::int64_t n = 1 + below(5); n > 0; --n) c.lengths.push_back(below(200));
     c.padding = below(70);
     c.HV = 1 + below(3);
@@ -87,7 +87,7 @@ TEST(Emulation, RandomPackedBatchesMatchTheReference) {
 }
 
 TEST(Emulation, OddStridesAreRefused) {
-  Case c = emulated_case({3, 3}, false);
+  Case c = sm90_case({3, 3}, false);
   c.strided = true;  // bases off alignment
   const Data d = make_data(c, 3);
   try {

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "tests/sm90_cases.hpp"
 #include "tests/support/compare.hpp"
 
 namespace flashdelta::testing {
@@ -22,17 +23,6 @@ using emulation::Schedule;
 // which the kernel is given: where few tokens follow a large initial state, dg is hardly more than one inner product of two
 // rounded states.
 constexpr double BFLOAT16_LIMIT = 0.01, FLOAT16_LIMIT = 0.0015;
-
-Case gradient_case(std::vector<std::int64_t> lengths, bool packed = true) {
-  Case c;
-  c.lengths = std::move(lengths);
-  c.packed = packed;
-  c.H = 1;
-  c.HV = 2;
-  c.K = c.V = 128;
-  c.dtype = FD_BFLOAT16;
-  return c;
-}
 
 // dv apart from the other results: no row of a sequence is written here, all others are zero.
 Results without_dv(const Case& c, Results results) {
@@ -61,12 +51,12 @@ std::vector<Case> gradient_cases() {
     change(c);
     list.push_back(c);
   };
-  const Case edges = gradient_case({130, 0, 1, 63, 65}), two = gradient_case({100, 70});
-  add("OneChunk", gradient_case({64}), [](Case& c) { c.HV = 1, c.V = 64; });
+  const Case edges = sm90_case({130, 0, 1, 63, 65}), two = sm90_case({100, 70});
+  add("OneChunk", sm90_case({64}), [](Case& c) { c.HV = 1, c.V = 64; });
   add("Edges", edges, [](Case& c) { c.padding = 5, c.H = 2; });
-  add("Batch", gradient_case({70, 70}, false), [](Case& c) { c.index_dtype = FD_INT32; });
-  add("NoTokens", gradient_case({0, 0}, false), [](Case&) {});
-  add("NoTokensRawGates", gradient_case({0}), [](Case& c) { c.gates = Gates::raw; });
+  add("Batch", sm90_case({70, 70}, false), [](Case& c) { c.index_dtype = FD_INT32; });
+  add("NoTokens", sm90_case({0, 0}, false), [](Case&) {});
+  add("NoTokensRawGates", sm90_case({0}), [](Case& c) { c.gates = Gates::raw; });
   add("OneHeadEach", two, [](Case& c) { c.H = 2; });
   add("GroupOfFour", two, [](Case& c) { c.HV = 4; });
   add("TwoGroupsOfFour", two, [](Case& c) { c.H = 2, c.HV = 8, c.V = 64, c.padding = 3; });
@@ -75,7 +65,7 @@ std::vector<Case> gradient_cases() {
   add("StrongDecay", two, [](Case& c) { c.gates = Gates::strong; });
   add("MixedDecay", two, [](Case& c) { c.gates = Gates::mixed, c.HV = 4; });
   add("NoGatesNoStrengths", two, [](Case& c) { c.gates = Gates::none, c.strengths = Strengths::none; });
-  add("MixedDecayAllBetweenNormAndLogits", gradient_case({64, 128}),
+  add("MixedDecayAllBetweenNormAndLogits", sm90_case({64, 128}),
       [](Case& c) { c.gates = Gates::mixed, c.strengths = Strengths::logit, c.l2norm = true, c.scale = 2; });
   add("RawGatesLogitsNorm", edges,
       [](Case& c) { c.gates = Gates::raw, c.strengths = Strengths::logit, c.l2norm = true, c.padding = 70, c.HV = 6; });
@@ -107,7 +97,7 @@ INSTANTIATE_TEST_SUITE_P(, EmulatedGradients, ::testing::ValuesIn(gradient_cases
                          case_name<::testing::TestParamInfo<Case>>);
 
 TEST(Gradients, NeitherTheOrderOfThreadsNorTheNumberOfBlocksMatters) {
-  Case c = gradient_case({130, 0, 65});
+  Case c = sm90_case({130, 0, 65});
   c.H = 2;
   c.HV = 4;
   c.l2norm = true;
@@ -125,7 +115,7 @@ TEST(Gradients, RandomPackedBatchesMatchTheReference) {
   std::mt19937_64 random(3);
   const auto below = [&](std::uint64_t n) { return static_cast<std::int64_t>(random() % n); };
   for (std::uint64_t i = 0; i < 6; ++i) {
-    Case c = gradient_case({});
+    Case c = sm90_case({});
     for (std::int64_t n = 1 + below(4); n > 0; --n) c.lengths.push_back(below(150));
     c.padding = below(70);
     c.H = 1 + below(2);
@@ -146,7 +136,7 @@ TEST(Gradients, RandomPackedBatchesMatchTheReference) {
 }
 
 TEST(Gradients, ResultsMayBeAbsent) {
-  Case c = gradient_case({100, 30});
+  Case c = sm90_case({100, 30});
   c.padding = 5;
   c.gates = Gates::raw;
   const Data d = make_data(c, 3);
