@@ -57,10 +57,17 @@ fd_status tensor_map(CUtensorMap& map, const std::string& name, const fd_tensor&
   if (encode == nullptr) return fail(FD_DEVICE_ERROR, name + ": the driver has no cuTensorMapEncodeTiled");
   // Nothing is loaded or stored through the map of a tensor without elements.
   void* data = tensor.data == nullptr ? reinterpret_cast<void*>(uintptr_t{16}) : tensor.data;
-  const CUresult result =
-      encode(&map, p.dtype == FD_BFLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 5, data,
-             dims, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto encode_map = [&] {
+    return encode(&map, p.dtype == FD_BFLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 5, data,
+                  dims, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult result = encode_map();
+  if (result == CUDA_ERROR_INVALID_CONTEXT) {
+    // A thread that made no call to the runtime yet (one of autograd's, say): cudaSetDevice gives it the device's context.
+    int device = 0;
+    if (cudaGetDevice(&device) == cudaSuccess && cudaSetDevice(device) == cudaSuccess) result = encode_map();
+  }
   if (result != CUDA_SUCCESS) {
     return fail(FD_DEVICE_ERROR, name + ": CUresult " + std::to_string(result) + " for its tensor map");
   }
