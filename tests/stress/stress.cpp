@@ -4,9 +4,11 @@
 // cpu backend; for that one itself: the reference).
 //
 //     stress [--device cuda|cpu] [--seed S] [--first I] [--batches N] [--seconds X] [--operations forward,backward,step]
+//            [--output FILE.json] [--commit C]
 //
 // Ends after so many batches or seconds, at once with exit status 1 when something is wrong; the line it prints then repeats
-// that batch. A device that hangs is given up after 30 seconds.
+// that batch. A device that hangs is given up after 30 seconds. The file holds what was counted, in Google Benchmark's
+// format, so that bench/compare.py puts it together with the times; it is written only where all is right.
 #include <unistd.h>
 
 #include <algorithm>
@@ -14,6 +16,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <fstream>
 #include <map>
 #include <set>
 #include <stdexcept>
@@ -25,13 +28,15 @@
 namespace flashdelta::stress {
 namespace {
 
-constexpr double PATIENCE = 30;  // seconds
+constexpr double PATIENCE = 30;       // seconds
+constexpr std::uint64_t SAMPLE = 16;  // one batch in so many is compared with the host
 
 struct Options {
   std::string device = "cuda";
   std::uint64_t seed = 1, first = 0, batches = 10000;
   double seconds = 60;
   std::set<std::string> operations = {"forward", "backward", "step"};
+  std::string output, commit = "unknown";
 };
 
 struct Wrong : std::runtime_error {
@@ -46,16 +51,27 @@ constexpr const char* COUNTED[] = {"bytes differ between two runs",
                                    "bytes of rows that were not to be written have changed",
                                    "bytes of a sequence differ when it is alone"};
 
-// Relative L2 error of one group, where groups much smaller than the others count as these.
-double error(const std::vector<double>& got, const std::vector<double>& want, double typical) {
+// The share of the typical size below which a group (one head of one sequence) counts as this large: a smaller one is what
+// is left of larger numbers of either sign. That is common for dg, a sum over K * V products and over all tokens that
+// follow: where q, k, v, do and the states of a head without decay (364 tokens, V = 256) move by 2^-9, float64 gradients
+// move by up to .014 of the typical size and .017 of their own, those of 3 tokens by .041 of their own. The kernels round
+// more often.
+double smallest_share(const std::string& name) { return name == "dg" ? 0.5 : 0.05; }
+
+// Relative L2 error of one group.
+double error(const std::vector<double>& got, const std::vector<double>& want, double smallest) {
   double difference = 0, squares = 0;
   for (std::size_t i = 0; i < got.size(); ++i) {
     difference += (got[i] - want[i]) * (got[i] - want[i]);
     squares += want[i] * want[i];
   }
-  const double floor = 0.05 * typical * std::sqrt(static_cast<double>(got.size()));
+  const double floor = smallest * std::sqrt(static_cast<double>(got.size()));
   return difference == 0 ? 0 : std::sqrt(difference) / std::max(std::sqrt(squares), floor);
 }
+
+struct Counts {
+  unsigned long long batches = 0, alone = 0, compared = 0;
+};
 
 class Stress {
  public:
@@ -64,7 +80,6 @@ class Stress {
         options_(options),
         on_gpu_(machine.device() == FD_CUDA),
         work_(on_gpu_ ? 1 << 20 : 4000),
-        sample_(on_gpu_ ? 64 : 16),
         arena_(machine, std::size_t{on_gpu_ ? 24U : 1U} << 30),
         noise_(machine) {}
 
@@ -96,7 +111,7 @@ class Stress {
  private:
   void run_batch(const std::string& name, Operation operation) {
     operation_ = name;
-    const bool sampled = index_ % sample_ == 0;
+    const bool sampled = index_ % SAMPLE == 0;
     const Batch batch = draw(operation, options_.seed, index_, sampled && on_gpu_ ? work_ / 32 : work_, machine_.device());
     description_ = batch.describe();
     fd_backend backend;
@@ -116,14 +131,15 @@ class Stress {
     } catch (const std::exception& failure) {
       throw Wrong(description_ + "\n" + failure.what());
     }
-    ++accepted_[name];
+    ++counted_[name].batches;
   }
 
   void run_call(const Batch& batch, bool sampled) {
     arena_.clear();
     Call call(machine_, arena_, noise_, batch, options_.seed + index_);
     Run first = call.prepare(), second = call.prepare();
-    std::vector<unsigned char> mirror(sampled ? arena_.used() : 0);
+    // Everything that the host reads and writes lies before the first run's workspace.
+    std::vector<unsigned char> mirror(sampled ? static_cast<std::size_t>(first.workspace.data - arena_.base()) : 0);
     if (sampled) machine_.download(mirror.data(), arena_.base(), mirror.size());
     must(call.enqueue(first));
     must(call.enqueue(second));
@@ -140,7 +156,7 @@ class Stress {
     const std::int64_t n = static_cast<std::int64_t>(index_ % static_cast<std::uint64_t>(batch.N()));
     if (batch.operation == Operation::forward && batch.problem.context_parallel == FD_CONTEXT_OFF) {
       must(call.enqueue_alone(first, n, alone));
-      ++alone_;
+      ++counted_[operation_].alone;
     }
     arena_.count_guards(guards);
     const std::vector<std::uint64_t> counts = machine_.counts(PATIENCE);
@@ -216,7 +232,7 @@ class Stress {
       const unsigned char* const want = mirror.data() + (output.buffer.data - arena_.base());
       compare(batch, output, got.data(), want, limit);
     }
-    ++compared_;
+    ++counted_[operation_].compared;
   }
 
   void compare(const Batch& batch, const Output& output, const unsigned char* got, const unsigned char* want,
@@ -243,7 +259,7 @@ class Stress {
         ++count;
       }
     }
-    const double typical = count == 0 ? 0 : std::sqrt(squares / count);
+    const double smallest = count == 0 ? 0 : smallest_share(output.name) * std::sqrt(squares / count);
     for (const Stretch& s : stretches) {
       for (std::int64_t head = 0; head < output.heads; ++head) {
         std::vector<double> a, b;
@@ -253,7 +269,7 @@ class Stress {
             b.push_back(load(want, output.type, t * unit + head * output.width + i));
           }
         }
-        const double e = error(a, b, typical);
+        const double e = error(a, b, smallest);
         if (e <= limit) continue;
         throw Wrong(description_ + "\n" + output.name + ": error " + std::to_string(e) + " against the host, limit " +
                     std::to_string(limit) + ", at token or row " + std::to_string(s.first) + ", head " +
@@ -267,32 +283,53 @@ class Stress {
   }
 
   int summary(double seconds) {
-    std::uint64_t all = 0;
+    Counts all;
     int missing = 0;
     for (const std::string& name : options_.operations) {
       std::uint64_t refused = 0;
       for (const auto& [reason, count] : refused_[name]) refused += count;
-      std::printf("%s: %llu batches, %llu refused\n", name.c_str(), static_cast<unsigned long long>(accepted_[name]),
+      const Counts& counts = counted_[name];
+      std::printf("%s: %llu batches, %llu refused\n", name.c_str(), counts.batches,
                   static_cast<unsigned long long>(refused));
-      all += accepted_[name];
-      missing += accepted_[name] == 0 && name != "backward" ? 1 : 0;
+      all.batches += counts.batches, all.alone += counts.alone, all.compared += counts.compared;
+      missing += counts.batches == 0 && name != "backward" ? 1 : 0;
     }
-    std::printf("%llu batches in %.0f s, %llu sequences also alone, %llu compared with the host: %s\n",
-                static_cast<unsigned long long>(all), seconds, static_cast<unsigned long long>(alone_),
-                static_cast<unsigned long long>(compared_), missing == 0 ? "all right" : "an operation never ran");
-    return missing == 0 && all > 0 ? 0 : 1;
+    const bool right = missing == 0 && all.batches > 0;
+    std::printf(
+        "%llu batches in %.0f s (%.0f a second), each run twice with the same bits, %llu sequences also alone, "
+        "%llu compared with the host; seed %llu: %s\n",
+        all.batches, seconds, static_cast<double>(all.batches) / seconds, all.alone, all.compared,
+        static_cast<unsigned long long>(options_.seed), right ? "all right" : "an operation never ran");
+    if (right && !options_.output.empty()) write(seconds);
+    return right ? 0 : 1;
+  }
+
+  void write(double seconds) {
+    std::ofstream file(options_.output);
+    file << "{\"context\": {\"executable\": \"stress\", \"commit\": \"" << options_.commit
+         << "\", \"command\": \"stress --device " << options_.device << " --seed " << options_.seed
+         << "\"},\n \"benchmarks\": [";
+    const char* separator = "\n";
+    for (const auto& [name, counts] : counted_) {
+      file << separator << "  {\"name\": \"stress/" << options_.device << "/" << name
+           << "\", \"run_type\": \"iteration\", \"iterations\": " << counts.batches << ", \"real_time\": " << seconds
+           << ", \"time_unit\": \"s\", \"alone\": " << counts.alone << ", \"compared\": " << counts.compared
+           << ", \"first\": " << options_.first << ", \"seed\": " << options_.seed << "}";
+      separator = ",\n";
+    }
+    file << "\n]}\n";
+    if (!file.flush()) throw std::runtime_error("cannot write " + options_.output);
   }
 
   Machine& machine_;
   const Options& options_;
   bool on_gpu_;
-  std::int64_t work_;     // tokens times value heads of a batch, at most
-  std::uint64_t sample_;  // one batch in so many is compared with the host; on a GPU it is a smaller one
+  std::int64_t work_;  // tokens times value heads of a batch, at most; on a GPU a 32nd of it in what the host computes, too
   Arena arena_;
   Noise noise_;
-  std::uint64_t index_ = 0, alone_ = 0, compared_ = 0;
+  std::uint64_t index_ = 0;
   std::string operation_, description_;
-  std::map<std::string, std::uint64_t> accepted_;
+  std::map<std::string, Counts> counted_;
   std::map<std::string, std::map<std::string, std::uint64_t>> refused_;
 };
 
@@ -312,6 +349,10 @@ Options parse(int argc, char** argv) {
       options.batches = std::stoull(value);
     } else if (name == "--seconds") {
       options.seconds = std::stod(value);
+    } else if (name == "--output") {
+      options.output = value;
+    } else if (name == "--commit") {
+      options.commit = value;
     } else if (name == "--operations") {
       options.operations.clear();
       for (std::size_t at = 0; at <= value.size();) {
