@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import struct
-from collections.abc import Callable
 from ctypes import POINTER, c_char_p, c_double, c_int32, c_int64, c_size_t, c_void_p
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,19 +116,12 @@ class BackendDescription(ctypes.Structure):
     )
 
 
-def _packer(args: type[ctypes.Structure]) -> struct.Struct:
-    """Packs one argument struct in one call: a tensor or an index is a pointer and the bytes of its strides."""
-    codes = {Tensor: "P32s", Index: "P16s", c_void_p: "P", c_size_t: "N"}
-    return struct.Struct("@" + "".join(codes[field[1]] for field in args._fields_))
-
-
 class Operation(NamedTuple):
     """How one of the three operations is called."""
 
     name: str
-    members: tuple[tuple[str, Any], ...]  #: of its argument struct, after ``size`` and ``problem``
-    size: int  #: bytes of its argument struct
-    pack: Callable[..., bytes]
+    args: type[ctypes.Structure]  #: its argument struct
+    members: tuple[tuple[str, Any], ...]  #: of that struct, after ``size`` and ``problem``
     run: Any  #: the C function
 
 
@@ -171,7 +162,7 @@ lib = _load()
 
 def _operation(name: str, args: type[ctypes.Structure]) -> Operation:
     members = tuple((field[0], field[1]) for field in args._fields_[2:])
-    return Operation(name, members, ctypes.sizeof(args), _packer(args).pack, getattr(lib, f"fd_{name}"))
+    return Operation(name, args, members, getattr(lib, f"fd_{name}"))
 
 
 FORWARD = _operation("forward", ForwardArgs)

@@ -1,14 +1,14 @@
 """From tensors to one packed C struct: shape checks, the problem struct, strides, copies.
 
 A call is described by the layouts (dtype, shape, strides, device) of its tensors and its options. What follows from that
-description alone, a `Plan`, is made once and kept; a repeated call only packs pointers.
+description alone, a `Plan`, is made once and kept; a repeated call only packs pointers between bytes that are ready.
 """
 
 from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +43,8 @@ _INDICES = {  # and the member of fd_problem with their number of columns
     "checkpoint_index": "checkpoint_slots",
 }
 _WRITTEN = ("final_state", "checkpoints")
+_GRADIENTS = {"dq", "dk", "dv", "dg", "dbeta", "dA_log", "ddt_bias", "dinitial_state"}
+_RESULTS = {"o", "final_state", "saved", "saved_bytes"} | _GRADIENTS  # what operators make
 _ALIGNED = ("q", "k", "v", "do_")
 _ROWS = {"initial_state": "initial_rows", "final_state": "final_rows", "checkpoints": "checkpoint_rows"}
 _DTYPES = {
@@ -77,41 +79,55 @@ class Plan:
     """What follows from layouts and options."""
 
     __slots__ = (
-        "address",
+        "_bytes",
+        "_pack",
         "copies",
+        "device",
         "o_shape",
-        "operation",
         "problem",
+        "run",
         "saved",
+        "slots",
         "state_dtype",
         "state_shape",
-        "strides",
         "workspace",
     )
 
     def __init__(self, operation: _lib.Operation, layouts: Sequence[Layout | None], options: Options, threads: int) -> None:
-        given = {name: layout for (name, _), layout in zip(operation.members, layouts, strict=False) if layout is not None}
+        names = [name for name, _ in operation.members]
+        given = {name: layout for name, layout in zip(names, layouts, strict=False) if layout is not None}
         p = _problem(given, options, threads)
-        self.operation = operation
+        self.run: Callable[..., int] = operation.run
         self.problem = p
-        self.address = ctypes.addressof(p)
+        self.device = given["q"][3]
         self.o_shape = (p.B, p.T, p.HV, p.V)
         self.state_shape = (p.N or p.B, p.HV, p.V, p.K) if p.state_v_first else (p.N or p.B, p.HV, p.K, p.V)
         self.state_dtype = state_dtype(given["q"][0])
-        on_cuda = p.device == _lib.CUDA
+        copies = {name for name, layout in given.items() if _needs_copy(name, layout, p.device == _lib.CUDA)}
         #: positions of the tensors the library would refuse as they lie in memory
-        self.copies = tuple(
-            i
-            for i, ((name, _), layout) in enumerate(zip(operation.members, layouts, strict=False))
-            if layout is not None and _needs_copy(name, layout, on_cuda)
-        )
-        #: one entry per member of the struct: the bytes of its strides; None for a bare pointer
-        self.strides = [_strides(ctype, None) for _, ctype in operation.members]
-        for i, layout in enumerate(layouts):
-            if i not in self.copies:
-                self.strides[i] = _strides(operation.members[i][1], layout)
+        self.copies = tuple(names.index(name) for name in copies)
+        #: positions of the members with a pointer, or the number of a buffer's bytes: what was given, and all results
+        self.slots = tuple(i for i, name in enumerate(names) if name in given or name in _RESULTS)
+        args = operation.args(size=ctypes.sizeof(operation.args), problem=ctypes.addressof(p))
+        for name in given.keys() - copies:  # the strides of the others are zero: contiguous
+            if hasattr(member := getattr(args, name), "stride"):
+                member.stride[: len(given[name][2])] = given[name][2]
+        #: the struct's bytes as pieces before, between and after the slots, with room for the slots' values
+        ends = [0, *(getattr(operation.args, names[i]).offset for i in self.slots)]
+        filled = bytes(args)
+        self._bytes: list[Any] = [filled[: ends[1]]]
+        for begin, end in zip(ends[1:], [*ends[2:], len(filled)], strict=True):
+            self._bytes += [0, filled[begin + 8 : end]]
+        sizes = [f"{len(piece)}s" for piece in self._bytes[::2]]
+        self._pack = struct.Struct("=" + "Q".join(sizes)).pack
         self.workspace = _lib.workspace_bytes(operation.name, p)
         self.saved = 0 if operation is _lib.STEP else _lib.saved_bytes(p)
+
+    def pack(self, values: Iterable[int]) -> bytes:
+        """The argument struct; `values`: one for each of `slots`."""
+        pieces = self._bytes.copy()
+        pieces[1::2] = values
+        return self._pack(*pieces)
 
 
 def find(operation: _lib.Operation, tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> Plan:
@@ -128,33 +144,33 @@ def find(operation: _lib.Operation, tensors: Sequence[Tensor | None], options: t
     return plan
 
 
-def fields(plan: Plan, tensors: Sequence[Tensor | None], start: int = 0) -> list[Any]:
-    """Pointers and strides of consecutive members of the operation's struct, from member `start` on."""
-    result: list[Any] = []
-    for t, strides in zip(tensors, plan.strides[start:] if start else plan.strides, strict=False):
-        result.append(0 if t is None else t.data_ptr())
-        if strides is not None:
-            result.append(strides)
-    return result
+def run(plan: Plan, q: Tensor, members: Sequence[Tensor | int | None]) -> None:
+    """Call the library. `members`: of the operation's struct after `size` and `problem`; trailing ones may be left out."""
+    found = (members[i] if i < len(members) else None for i in plan.slots)
+    values = [m.data_ptr() if isinstance(m, Tensor) else m or 0 for m in found]
+    _lib.check(enqueue(plan, q, plan.pack(values)))
 
 
-def run(plan: Plan, q: Tensor, values: Sequence[Any]) -> None:
-    """Call the library. `values`: all of the operation's struct after `size` and `problem`."""
-    operation, size = plan.operation, plan.workspace
-    args = operation.pack(operation.size, plan.address, *values)
-    if q.is_cuda:
-        with torch.cuda.device(q.device):
-            workspace = torch.empty(size, dtype=torch.uint8, device=q.device)  # aligned to 512 bytes by its allocator
-            stream = torch.cuda.current_stream(q.device).cuda_stream
-            _lib.check(operation.run(args, workspace.data_ptr(), size, stream))
-    elif size:
+def enqueue(plan: Plan, q: Tensor, args: bytes) -> int:
+    """The status of the library's call with a workspace, on the device and the stream in use there."""
+    size = plan.workspace
+    if plan.device < 0:
+        if size == 0:
+            return plan.run(args, None, 0, None)
         workspace = torch.empty(size + 255, dtype=torch.uint8)
-        _lib.check(operation.run(args, -(-workspace.data_ptr() // 256) * 256, size, None))
-    else:
-        _lib.check(operation.run(args, None, 0, None))
+        return plan.run(args, -(-workspace.data_ptr() // 256) * 256, size, None)
+    # What torch.cuda.current_device() and current_stream() ask, without the objects they make of it.
+    if torch._C._cuda_getDevice() != plan.device:
+        with torch.cuda.device(plan.device):
+            return enqueue(plan, q, args)
+    stream = torch._C._cuda_getCurrentRawStream(plan.device)
+    if size == 0:
+        return plan.run(args, None, 0, stream)
+    workspace = q.new_empty(size, dtype=torch.uint8)  # aligned to 512 bytes by its allocator
+    return plan.run(args, workspace.data_ptr(), size, stream)
 
 
-def copied(plan: Plan, tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+def copied(operation: _lib.Operation, plan: Plan, tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """`tensors`, those the library would refuse as they lie in memory replaced by contiguous copies."""
     q = tensors[0]
     assert q is not None
@@ -167,7 +183,7 @@ def copied(plan: Plan, tensors: Sequence[Tensor | None]) -> Sequence[Tensor | No
         # A tensor of which torch says that it is contiguous may still have strides that the library refuses.
         result[i] = t.clone(memory_format=torch.contiguous_format)
     if q.is_cuda:
-        for i, ((name, _), t) in enumerate(zip(plan.operation.members, result, strict=False)):
+        for i, ((name, _), t) in enumerate(zip(operation.members, result, strict=False)):
             if t is not None and name in _ALIGNED and t.data_ptr() % 16 != 0 and i not in plan.copies:
                 # The plan has the strides of the original, so the copy must lie the same way, on an aligned base.
                 result[i] = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
@@ -304,15 +320,3 @@ def _needs_copy(name: str, layout: Layout, on_cuda: bool) -> bool:
     if on_cuda and name in _ALIGNED:  # 16-byte rows, for the tensor memory accelerator
         return any(n > 1 and s * dtype.itemsize % 16 != 0 for n, s in zip(shape[:-1], stride[:-1], strict=True))
     return False
-
-
-def _strides(ctype: Any, layout: Layout | None) -> bytes | None:
-    """The bytes of a struct member after its pointer; zero, contiguous, for a fresh or absent tensor."""
-    if ctype is _lib.Tensor:
-        count = 4
-    elif ctype is _lib.Index:
-        count = 2
-    else:
-        return None
-    stride = () if layout is None else layout[2]
-    return struct.pack(f"={count}q", *stride, *(0,) * (count - len(stride)))

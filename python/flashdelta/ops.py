@@ -68,9 +68,8 @@ def _forward(
     plan = _plan.find(_lib.FORWARD, inputs, options)
     o = q.new_empty(plan.o_shape)
     final_state = _final_state(plan, q, output_final_state)
-    outputs = (o, final_state if output_final_state else None, None, None, None)
-    tensors = (*_plan.copied(plan, inputs), *outputs)  # held until the call is over: a copy dies with its last reference
-    _plan.run(plan, q, [*_plan.fields(plan, tensors), 0, 0])
+    tensors = _plan.copied(_lib.FORWARD, plan, inputs)  # held until the call is over: a copy dies with its last reference
+    _plan.run(plan, q, (*tensors, o, final_state if output_final_state else None))
     return o, final_state
 
 
@@ -93,10 +92,9 @@ def _forward_train(
     o = q.new_empty(plan.o_shape)
     final_state = _final_state(plan, q, output_final_state)
     saved = q.new_empty(0 if recompute else plan.saved, dtype=torch.uint8)
+    tensors = _plan.copied(_lib.FORWARD, plan, inputs)
     outputs = (o, final_state if output_final_state else None, None, None, None)
-    tensors = (*_plan.copied(plan, inputs), *outputs)  # held until the call is over: a copy dies with its last reference
-    values = _plan.fields(plan, tensors)
-    _plan.run(plan, q, [*values, saved.data_ptr(), saved.numel()])
+    _plan.run(plan, q, (*tensors, *outputs, saved, saved.numel()))
     return o, final_state, saved
 
 
@@ -123,9 +121,9 @@ def _forward_(
     pools = (None, state, final_index, checkpoints, checkpoint_index)
     all_options = (*Options(*options)[:-1], checkpoint_interval)
     plan = _plan.find(_lib.FORWARD, (*inputs, *pools), all_options)
-    tensors = list(_plan.copied(plan, (*inputs, *pools)))
+    tensors = list(_plan.copied(_lib.FORWARD, plan, (*inputs, *pools)))
     o = tensors[10] = q.new_empty(plan.o_shape)
-    _plan.run(plan, q, [*_plan.fields(plan, tensors), 0, 0])
+    _plan.run(plan, q, tensors)
     return o
 
 
@@ -147,9 +145,8 @@ def _step(
     plan = _plan.find(_lib.STEP, inputs, options)
     o = q.new_empty(plan.o_shape)
     final_state = _final_state(plan, q, output_final_state)
-    outputs = (o, final_state if output_final_state else None, None, None)
-    tensors = (*_plan.copied(plan, inputs), *outputs)  # held until the call is over: a copy dies with its last reference
-    _plan.run(plan, q, _plan.fields(plan, tensors))
+    tensors = _plan.copied(_lib.STEP, plan, inputs)
+    _plan.run(plan, q, (*tensors, o, final_state if output_final_state else None))
     return o, final_state
 
 
@@ -172,9 +169,9 @@ def _step_(
     first = state if initial_state is None else initial_state
     inputs = (q, k, v, g, beta, A_log, dt_bias, cu_seqlens, first, initial_index, None, state, final_index, accepted)
     plan = _plan.find(_lib.STEP, inputs, options)
-    tensors = list(_plan.copied(plan, inputs))
+    tensors = list(_plan.copied(_lib.STEP, plan, inputs))
     o = tensors[10] = q.new_empty(plan.o_shape)
-    _plan.run(plan, q, _plan.fields(plan, tensors))
+    _plan.run(plan, q, tensors)
     return o
 
 
@@ -198,11 +195,9 @@ def _backward(
     inputs = (*main, cu_seqlens, initial_state, None, do, dfinal_state)
     plan = _plan.find(_lib.BACKWARD, inputs, options)
     gradients = _empty_gradients((*main, initial_state), wanted, plan.state_shape)
-    tensors = _plan.copied(plan, inputs)  # held until the call is over: a copy dies with its last reference
-    before = _plan.fields(plan, tensors)
-    buffer = (0, 0) if saved is None else (saved.data_ptr(), saved.numel())
-    after = _plan.fields(plan, [t if t.numel() else None for t in gradients], len(inputs) + len(buffer))
-    _plan.run(plan, q, [*before, *buffer, *after])
+    tensors = _plan.copied(_lib.BACKWARD, plan, inputs)
+    buffer = (saved, 0 if saved is None else saved.numel())
+    _plan.run(plan, q, (*tensors, *buffer, *(t if t.numel() else None for t in gradients)))
     return gradients
 
 

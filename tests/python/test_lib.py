@@ -8,8 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
-from flashdelta import _lib
+from flashdelta import _lib, _plan
 
 HEADER = Path(__file__).parents[2] / "include" / "flashdelta" / "flashdelta.h"
 STRUCTS = {
@@ -76,15 +77,22 @@ def test_every_struct_member_of_the_header_is_mirrored() -> None:
         assert members == [field[0] for field in mirror._fields_]
 
 
-def test_packed_struct_has_the_size_of_the_ctypes_struct() -> None:
-    for operation, mirror in (
-        (_lib.FORWARD, _lib.ForwardArgs),
-        (_lib.BACKWARD, _lib.BackwardArgs),
-        (_lib.STEP, _lib.StepArgs),
-    ):
-        codes = {_lib.Tensor: (0, bytes(32)), _lib.Index: (0, bytes(16))}
-        values = [value for _, ctype in operation.members for value in codes.get(ctype, (0,))]
-        assert len(operation.pack(operation.size, 0, *values)) == ctypes.sizeof(mirror)
+def test_a_plan_packs_the_struct_of_its_tensors() -> None:
+    q, v = torch.zeros(1, 4, 1, 8), torch.zeros(1, 4, 2, 16)[..., 8:]
+    pool, index = torch.zeros(3, 2, 8, 8), torch.tensor([2])
+    tensors = (q, q, v, None, None, None, None, None, pool, index, None, pool, index)
+    plan = _plan.find(_lib.STEP, tensors, ())
+    names = [_lib.STEP.members[i][0] for i in plan.slots]
+    assert names == ["q", "k", "v", "initial_state", "initial_index", "o", "final_state", "final_index"]
+    args = _lib.StepArgs.from_buffer_copy(plan.pack(range(1, 9)))
+    assert args.size == ctypes.sizeof(args)
+    assert args.problem == ctypes.addressof(plan.problem)
+    assert [getattr(args, name).data for name in names] == list(range(1, 9))
+    assert list(args.v.stride) == [128, 32, 16, 1]
+    assert list(args.final_state.stride) == [128, 64, 8, 1]
+    assert list(args.final_index.stride) == [1, 0]
+    absent = set(_lib.STEP.members) - {_lib.STEP.members[i] for i in plan.slots}
+    assert all(not getattr(getattr(args, name), "data", getattr(args, name)) for name, _ in absent)
 
 
 def test_one_openmp_runtime() -> None:
