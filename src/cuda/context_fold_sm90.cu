@@ -20,6 +20,7 @@ __global__ void __launch_bounds__(WINDOW_THREADS) windows_kernel(const __grid_co
   extern __shared__ __align__(1024) uint8_t raw[];
   auto& shared = *reinterpret_cast<WindowMemory*>(raw);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
+  allow_later_kernels();
   wait_for_earlier_kernels();
   const int index = static_cast<int>(blockIdx.x) / p.value_heads, value_head = static_cast<int>(blockIdx.x) % p.value_heads;
   if (index >= p.plan->pre_runs) return;
@@ -51,7 +52,6 @@ __global__ void __launch_bounds__(WINDOW_THREADS) windows_kernel(const __grid_co
       p.chunks[run.slot + c] = {run.sequence, run.first_chunk + c, static_cast<int>(begin) + c * CHUNK, CHUNK};
     }
   }
-  allow_later_kernels();
 }
 
 namespace {
@@ -73,6 +73,7 @@ __global__ void __launch_bounds__(FOLD_THREADS) fold_kernel(const __grid_constan
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   if (thread == 0) init_barriers(shared.fold, {1});
   __syncthreads();
+  allow_later_kernels();
   wait_for_earlier_kernels();
   const int groups = p.values / FOLD_ROWS, per_chain = p.value_heads * groups, items = p.plan->chains * per_chain;
   Ring ring, ahead;
@@ -129,14 +130,14 @@ __global__ void __launch_bounds__(FOLD_THREADS) fold_kernel(const __grid_constan
       if (thread == 0) load_next();
     }
   }
-  allow_later_kernels();
 }
 
 fd_status launch_windows(const WindowParameters& p, bool bfloat16, int64_t pre_runs, void* stream) {
   const Launch config{.name = "windows_kernel",
                       .grid = dim3(static_cast<unsigned>(pre_runs * p.value_heads)),
                       .block = dim3(WINDOW_THREADS),
-                      .shared = sizeof(WindowMemory)};
+                      .shared = sizeof(WindowMemory),
+                      .overlap = true};
   return bfloat16 ? launch(windows_kernel<__nv_bfloat16>, config, p, stream)
                   : launch(windows_kernel<__half>, config, p, stream);
 }
@@ -146,7 +147,8 @@ fd_status launch_fold(const FoldParameters& p, int64_t chains, int sm_count, voi
   const Launch config{.name = "fold_kernel",
                       .grid = dim3(static_cast<unsigned>(std::min<int64_t>(items, sm_count))),
                       .block = dim3(FOLD_THREADS),
-                      .shared = sizeof(StateFoldMemory)};
+                      .shared = sizeof(StateFoldMemory),
+                      .overlap = true};
   return launch(fold_kernel, config, p, stream);
 }
 

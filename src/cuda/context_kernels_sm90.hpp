@@ -26,6 +26,7 @@ struct Chain {
   int runs;
   int start;    // row of the first run's first state
   int pre_run;  // of the first run
+  int slot;     // of the first chunk
 };
 
 // One block orders all runs, longest first, and cuts sequences where that pays.

@@ -8,8 +8,9 @@
 namespace flashdelta::cuda {
 namespace {
 
-constexpr int PLAN_THREADS = 512, CANDIDATES = MOST_RUNS, LANES = PLAN_THREADS / CANDIDATES;
-constexpr int CLASSES = 192;  // of runs by length
+constexpr int PLAN_THREADS = 512, PLAN_WARPS = PLAN_THREADS / 32, CANDIDATES = MOST_RUNS;
+constexpr int LANES = PLAN_THREADS / CANDIDATES;  // threads that estimate a candidate together
+constexpr int CLASSES = 192;                      // of runs by length
 constexpr int SAMPLES = 64;   // tokens
 
 struct PlanMemory {
@@ -22,6 +23,7 @@ struct PlanMemory {
   float costs[CANDIDATES];
   Cut cuts[CANDIDATES];
   unsigned count[CLASSES], place[CLASSES];
+  unsigned sums[CLASSES / 32];
 };
 
 __device__ int chunks_of(const Sequences& sequences, int64_t n) {
@@ -110,16 +112,47 @@ __device__ void choose_length(const PlanParameters& p, PlanMemory& shared) {
   const float cycles = cost(p, shared, cut, lane);
   if (lane == 0) shared.costs[candidate] = cycles;
   __syncthreads();
-  if (threadIdx.x == 0) {
-    int best = 0;
+  if (threadIdx.x < 32) {
+    int best = 0;  // of two as good, the first
     float least = p.forced != 0 ? INFINITY : shared.costs[0];
-    for (int i = 1; i < CANDIDATES; ++i) {
+    for (auto i = static_cast<int>(threadIdx.x); i < CANDIDATES; i += 32) {
       if (shared.cuts[i].pre_runs > 0 && shared.costs[i] < least) {
         best = i;
         least = shared.costs[i];
       }
     }
-    shared.length = length_of(best);
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) {
+      const float other = __shfl_xor_sync(~0u, least, step);
+      const int its = __shfl_xor_sync(~0u, best, step);
+      if (other < least || (other == least && its < best)) {
+        best = its;
+        least = other;
+      }
+    }
+    if (threadIdx.x == 0) shared.length = length_of(best);
+  }
+  __syncthreads();
+}
+
+// For each class, the number of runs in those above it: where its first run lies.
+__device__ void find_places(PlanMemory& shared) {
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+  unsigned count = 0, longer = 0;
+  if (thread < CLASSES) {
+    count = longer = shared.count[thread];
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const unsigned more = __shfl_down_sync(~0u, longer, step);
+      if (lane + step < 32) longer += more;
+    }
+    if (lane == 0) shared.sums[thread / 32] = longer;
+  }
+  __syncthreads();
+  if (thread < CLASSES) {
+    for (int i = thread / 32 + 1; i < CLASSES / 32; ++i) longer += shared.sums[i];
+    shared.place[thread] = longer - count;
+    if (thread == 0) shared.runs = longer;
   }
   __syncthreads();
 }
@@ -134,29 +167,28 @@ __device__ void lay_out(const PlanParameters& p, PlanMemory& shared) {
     atomicAdd(&shared.count[class_of(cut.size + 1)], static_cast<unsigned>(cut.more));
   }
   __syncthreads();
-  if (thread < CLASSES) {
-    unsigned longer = 0;
-    for (int i = thread + 1; i < CLASSES; ++i) longer += shared.count[i];
-    shared.place[thread] = longer;
-    if (thread == 0) shared.runs = longer + shared.count[0];
-  }
-  __syncthreads();
+  find_places(shared);
   for (int64_t n = thread; n < p.sequences.N; n += PLAN_THREADS) {
     const auto sequence = static_cast<int>(n);
     const Pieces cut = pieces(chunks_of(p.sequences, n), shared.length);
-    const bool split = cut.count > 1;
-    Chain chain = {sequence, cut.count, -1, 0};
-    int slot = 0;
-    if (split) {
-      chain.start = static_cast<int>(atomicAdd(&shared.starts, static_cast<unsigned>(cut.count)));
-      chain.pre_run = static_cast<int>(atomicAdd(&shared.pre_runs, static_cast<unsigned>(cut.count - 1)));
-      slot = static_cast<int>(atomicAdd(&shared.chunks, static_cast<unsigned>(cut.first(cut.count - 1))));
-      p.chains[atomicAdd(&shared.chains, 1u)] = chain;
+    if (cut.count == 1) {
+      p.runs[atomicAdd(&shared.place[class_of(cut.size)], 1u)] = {sequence, 0, cut.size, -1};
+      continue;
     }
-    for (int i = 0; i < cut.count; ++i) {
+    const auto start = static_cast<int>(atomicAdd(&shared.starts, static_cast<unsigned>(cut.count)));
+    const auto pre_run = static_cast<int>(atomicAdd(&shared.pre_runs, static_cast<unsigned>(cut.count - 1)));
+    const auto slot = static_cast<int>(atomicAdd(&shared.chunks, static_cast<unsigned>(cut.first(cut.count - 1))));
+    p.chains[atomicAdd(&shared.chains, 1u)] = {sequence, cut.count, start, pre_run, slot};
+  }
+  __syncthreads();
+  // A warp for each sequence that is cut, a lane for each run.
+  for (int c = thread / 32; c < static_cast<int>(shared.chains); c += PLAN_WARPS) {
+    const Chain chain = p.chains[c];
+    const Pieces cut = pieces(chunks_of(p.sequences, chain.sequence), shared.length);
+    for (int i = thread % 32; i < cut.count; i += 32) {
       const int first = cut.first(i), end = cut.first(i + 1);
-      p.runs[atomicAdd(&shared.place[class_of(end - first)], 1u)] = {sequence, first, end, split ? chain.start + i : -1};
-      if (i + 1 < cut.count) p.pre_runs[chain.pre_run + i] = {sequence, first, end - first, slot + first};
+      p.runs[atomicAdd(&shared.place[class_of(end - first)], 1u)] = {chain.sequence, first, end, chain.start + i};
+      if (i + 1 < cut.count) p.pre_runs[chain.pre_run + i] = {chain.sequence, first, end - first, chain.slot + first};
     }
   }
 }
@@ -171,6 +203,7 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_kernel(const __grid_constan
     reinterpret_cast<unsigned*>(raw)[i] = 0;
   }
   __syncthreads();
+  allow_later_kernels();
   wait_for_earlier_kernels();
 
   int64_t total = 0;
@@ -205,11 +238,14 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_kernel(const __grid_constan
                0,
                0};
   }
-  allow_later_kernels();
 }
 
 fd_status launch_plan(const PlanParameters& p, void* stream) {
-  const Launch config{.name = "plan_kernel", .grid = dim3(1), .block = dim3(PLAN_THREADS), .shared = sizeof(PlanMemory)};
+  const Launch config{.name = "plan_kernel",
+                      .grid = dim3(1),
+                      .block = dim3(PLAN_THREADS),
+                      .shared = sizeof(PlanMemory),
+                      .overlap = true};
   return launch(plan_kernel, config, p, stream);
 }
 

@@ -5,7 +5,11 @@ namespace {
 
 template <typename T, int STATE, bool NORM>
 fd_status launch_variant(const ForwardParameters& p, dim3 grid, void* stream) {
-  const Launch config{.name = "forward_kernel", .grid = grid, .block = dim3(THREADS), .shared = sizeof(SharedMemory<STATE>)};
+  const Launch config{.name = "forward_kernel",
+                      .grid = grid,
+                      .block = dim3(THREADS),
+                      .shared = sizeof(SharedMemory<STATE>),
+                      .overlap = true};
   return launch(forward_kernel<T, STATE, NORM>, config, p, stream);
 }
 

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "backend.hpp"
+#include "cuda/ptx.cuh"
 #include "tests/emulation/emulator.hpp"
 
 namespace flashdelta::cuda {
@@ -39,9 +40,11 @@ struct Launch {
   const char* name;
   dim3 grid, block;
   std::size_t shared = 0;
+  bool overlap = false;
 };
 
-// Runs the blocks one after another, in the schedule's order, each with shared memory full of NaN.
+// Runs the blocks one after another, in the schedule's order, each with shared memory full of NaN. All threads of a kernel
+// that may overlap have to wait for those before.
 template <typename Parameters>
 fd_status launch(void (*kernel)(Parameters), const Launch& config, const Parameters& parameters, void*) {
   if (config.shared > sizeof(raw)) return fail(FD_DEVICE_ERROR, std::string(config.name) + ": too much shared memory");
@@ -51,12 +54,16 @@ fd_status launch(void (*kernel)(Parameters), const Launch& config, const Paramet
   std::iota(order.begin(), order.end(), 0);
   if (schedule == emulation::Schedule::backward) std::reverse(order.begin(), order.end());
   if (schedule == emulation::Schedule::shuffled) std::shuffle(order.begin(), order.end(), std::mt19937(emulation::seed));
+  waits = 0;
   for (const unsigned i : order) {
     std::memset(raw, 0xff, sizeof(raw));
     blockIdx.x = i;
     emulation::run_block(
         static_cast<int>(config.block.x), schedule, [&] { kernel(parameters); },
         [](int thread) { threadIdx.x = static_cast<unsigned>(thread); }, i);
+  }
+  if (config.overlap && waits != std::int64_t{config.grid.x} * config.block.x) {
+    return fail(FD_DEVICE_ERROR, std::string(config.name) + ": not every thread waits for earlier kernels");
   }
   return FD_OK;
 }
