@@ -1,7 +1,9 @@
 """flashdelta and the public kernels it is compared with: FlashQLA, FlashInfer and flash-linear-attention (FLA).
 
 Each candidate turns the same tensors into a call: `forward(data)` and its like return a function without arguments that gives
-(o, final state), all gradients, or o. A candidate that lacks an operation has no such method.
+(o, final state), all gradients, or o. A candidate that lacks an operation has no such method. The call of a backward keeps all
+that its forward returned, as autograd and the next layer do. `kept_on_disk`: the operations whose kernels are compiled at first
+calls and found by later processes.
 """
 
 from __future__ import annotations
@@ -94,8 +96,6 @@ def step_data(row: Row, device: str) -> StepData:
 class Flashdelta:
     """This library through its PyTorch functions. `context_parallel` is its option of that name."""
 
-    package = "flashdelta"
-
     def __init__(self, device: str, context_parallel: str | bool = "auto") -> None:
         import flashdelta
 
@@ -134,11 +134,11 @@ class Flashdelta:
     def backward(self, d: Data) -> Call:
         inputs = (d.q, d.k, d.v, d.g, d.beta, None, None, d.cu_seqlens, d.initial_state)
         options = self._options()
-        saved = self.module.ops.forward_train(*inputs, True, False, *options)[2]
+        forward = self.module.ops.forward_train(*inputs, True, False, *options)
         wanted = [True] * 5 + [False] * 2 + [True]
 
         def call() -> tuple[Tensor, ...]:
-            r = self.module.ops.backward(d.do, d.dfinal_state, saved, wanted, *inputs, *options)
+            r = self.module.ops.backward(d.do, d.dfinal_state, forward[2], wanted, *inputs, *options)
             return (*r[:5], r[7])
 
         return call
@@ -164,7 +164,7 @@ class Flashdelta:
 
 
 class FlashQLA:
-    package = "flash_qla"
+    kept_on_disk = ("forward", "training_forward", "backward")
 
     def __init__(self, device: str) -> None:
         self.module = importlib.import_module("flash_qla")
@@ -194,10 +194,11 @@ class FlashQLA:
         return call
 
     def backward(self, d: Data) -> Call:
-        g, A, _, _, _, cache = self._call(d, True)()
+        forward = self._call(d, True)()
+        g, A, *_, cache = forward
         options = {"scale": SCALE, "initial_state": d.initial_state, "cu_seqlens": d.cu_seqlens, "cp_cache": cache}
 
-        def call() -> tuple[Tensor, ...]:
+        def call(kept: Any = forward) -> tuple[Tensor, ...]:
             r = self.module.chunk_gated_delta_rule_bwd(d.q, d.k, d.v, g, d.beta, A, d.do, d.dfinal_state, **options)
             dq, dk, dv, dbeta, dg, dinitial = r
             return dq, dk, dv, dg, dbeta, dinitial
@@ -206,7 +207,7 @@ class FlashQLA:
 
 
 class FlashInfer:
-    package = "flashinfer"
+    kept_on_disk = ("step",)  # the forward's two kernels are compiled by each process, 14 s
 
     def __init__(self, device: str) -> None:
         self.prefill = importlib.import_module("flashinfer.gdn_prefill").chunk_gated_delta_rule
@@ -252,7 +253,7 @@ class FlashInfer:
 
 
 class Fla:
-    package = "fla"
+    kept_on_disk = ("forward", "training_forward", "backward", "step")
 
     def __init__(self, device: str) -> None:
         chunk = importlib.import_module("fla.ops.gated_delta_rule.chunk")
@@ -277,9 +278,10 @@ class Fla:
     training_forward = forward
 
     def backward(self, d: Data) -> Call:
-        g, _, A, *_ = self._call(d)()
+        forward = self._call(d)()
+        g, _, A, *_ = forward
 
-        def call() -> tuple[Tensor, ...]:
+        def call(kept: Any = forward) -> tuple[Tensor, ...]:
             inputs = (d.q, d.k, d.v, g, d.beta, A, SCALE, d.initial_state, d.do, d.dfinal_state)
             dq, dk, dv, dbeta, dg, dinitial, *_ = self.bwd(*inputs, cu_seqlens=d.cu_seqlens)
             return dq, dk, dv, dg, dbeta, dinitial

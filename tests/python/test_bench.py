@@ -14,8 +14,10 @@ import torch
 
 import candidates
 import compare
+import compare_errors
 import report
 import report_gpu
+import result_file
 import rows
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +75,7 @@ def test_speed_is_measured_and_continued(tmp_path: Path, capsys: pytest.CaptureF
     for entry in entries.values():
         assert 0 < entry["p10_us"] <= entry["real_time"] <= entry["p90_us"]
         assert entry["difference"] == 0
-    assert first["context"]["commit"] == compare.commit()
+    assert first["context"]["commit"] == result_file.commit()
     assert compare.main([*command, rf"^(forward/2/8/1x(512|1024)|{step})"]) == 0
     assert "1 rows measured" in capsys.readouterr().out
     second = {entry["name"]: entry for entry in json.loads(output.read_text())["benchmarks"]}
@@ -96,7 +98,7 @@ def test_a_candidate_that_fails_is_a_result(tmp_path: Path) -> None:
             return lambda: tuple(2 * x for x in call())
 
     row = next(r for r in rows.rows() if r.name == "forward/2/8/1x512")
-    results = compare.Results(tmp_path / "r.json", {"commit": "x"}, again=True)
+    results = result_file.Results(tmp_path / "r.json", {"commit": "x"}, again=True)
     found = {"flashdelta": candidates.Flashdelta("cpu"), "flash_qla": Broken(), "fla": Wrong("cpu")}
     compare.measure_row(row, found, "cpu", results)
     assert results.benchmarks[f"{row.name}/flash_qla"]["error_message"] == "RuntimeError: no such kernel"
@@ -112,18 +114,63 @@ def test_errors_are_small_and_found(tmp_path: Path) -> None:
     options = ["--device", "cpu", "--seeds", "2", "--lengths", "9", "20", "--candidates", "flashdelta"]
     assert compare.main(["errors", "--output", str(output), *options]) == 0
     entries = {entry["name"]: entry for entry in json.loads(output.read_text())["benchmarks"]}
-    for kind in compare.KINDS:
+    for kind in compare_errors.KINDS:
         for dtype, limit in (("bfloat16", 4e-3), ("float16", 5e-4)):
             entry = entries[f"errors/{kind}/{dtype}/flashdelta"]
             assert entry["iterations"] == 2
-            assert all(0 < entry[result] < limit for result in compare.RESULTS), entry
-    d = compare.error_data("random", 0, "cpu", torch.bfloat16, (5, 9))
-    expected = compare.truth(d)
+            assert all(0 < entry[result] < limit for result in compare_errors.RESULTS), entry
+    d = compare_errors.error_data("random", 0, "cpu", torch.bfloat16, (5, 9))
+    expected = compare_errors.truth(d)
     o = expected["o"].clone()
     o[0, 7, 3] *= 2  # one head of one token
-    assert compare.worst_error("o", o, expected["o"], d) > 0.1
+    assert compare_errors.worst_error("o", o, expected["o"], d) > 0.1
     o[0, 0, 0, 0] = math.nan
-    assert compare.worst_error("o", o, expected["o"], d) == compare.HUGE
+    assert compare_errors.worst_error("o", o, expected["o"], d) == compare_errors.HUGE
+
+
+def test_a_failing_candidate_leaves_the_errors_of_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Broken:
+        def forward(self, d: Any) -> Any:
+            raise RuntimeError("no such kernel")
+
+    class Best(candidates.Flashdelta):
+        def forward(self, d: candidates.Data) -> Any:
+            expected = compare_errors.truth(d)
+            return lambda: (expected["o"], expected["final_state"])
+
+    results = result_file.Results(tmp_path / "e.json", {"commit": "x"}, again=True)
+    found = {"flash_qla": Broken(), "flashdelta": candidates.Flashdelta("cpu"), "flashinfer": Best("cpu")}
+    deadline = result_file.Deadline(60)
+    assert compare_errors.measure(found, results, "cpu", 1, (3, 5), deadline) == 2 * len(compare_errors.KINDS)
+    said = capsys.readouterr().out
+    assert "ABOVE errors/decay/bfloat16/flashdelta: final_state" in said
+    assert "0 of 6 cells left for lack of time" in said
+    assert results.benchmarks["errors/random/bfloat16/flash_qla"]["error_message"] == "RuntimeError: no such kernel"
+    assert results.benchmarks["errors/random/bfloat16/flashinfer"]["o"] == 0
+    late = result_file.Results(tmp_path / "late.json", {"commit": "x"}, again=True)
+    assert compare_errors.measure(found, late, "cpu", 1, (3, 5), result_file.Deadline(-1)) == 0
+    assert json.loads(late.path.read_text())["benchmarks"] == []
+
+
+def test_rows_that_share_compiled_kernels_stand_together() -> None:
+    found = {
+        "flashdelta": candidates.Flashdelta("cpu"),
+        "flash_qla": candidates.FlashQLA,
+        "flashinfer": candidates.FlashInfer,
+    }
+    chosen = compare.rows_to_measure("^(forward|training_forward|backward)/", found)
+    assert len(chosen) == len([row for row in rows.rows() if row.operation != "step"])
+    groups = [(row.must_ms is None, row.operation, row.H, row.HV) for row, _ in chosen]
+    assert len(set(groups)) == sum(a != b for a, b in zip(groups, [None, *groups], strict=False))
+    assert [group[0] for group in groups] == sorted(group[0] for group in groups)
+    assert all("flashinfer" not in able for row, able in chosen if row.operation == "backward")
+    jobs = compare.compile_jobs([row for row, _ in chosen], found)
+    assert {job.peer for job in jobs} == {"flash_qla"}
+    assert {job.heads for job in jobs if not job.training} == {tuple(map(int, h.split("/"))) for h in report_gpu.GRID_HEADS}
+    assert jobs[0].training
+    assert sum(len(job.rows) for job in jobs) == len(chosen)
+    late = compare.compile_ahead(jobs[:2], 2, result_file.Deadline(-1))
+    assert sorted(late) == sorted(jobs[:2])
 
 
 def entry(name: str, **counters: Any) -> dict[str, Any]:
