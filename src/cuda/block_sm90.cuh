@@ -42,6 +42,15 @@ template <bool HINT = true, typename Shared>
 __device__ __forceinline__ void wait_free(Shared& shared, int barrier, const Ring& ring) {
   barrier_wait<HINT>(barrier_address(shared, barrier, ring.stage), ring.parity ^ 1);
 }
+// Asked early, and again only if the answer was no: a wait that is over still takes a while to say so.
+template <typename Shared>
+__device__ __forceinline__ bool is_full(Shared& shared, int barrier, const Ring& ring) {
+  return barrier_test(barrier_address(shared, barrier, ring.stage), ring.parity);
+}
+template <typename Shared>
+__device__ __forceinline__ bool is_free(Shared& shared, int barrier, const Ring& ring) {
+  return barrier_test(barrier_address(shared, barrier, ring.stage), ring.parity ^ 1);
+}
 // One arrival per warp, after all its lanes came here.
 template <typename Shared>
 __device__ __forceinline__ void arrive(Shared& shared, int barrier, const Ring& ring, int lane) {

@@ -52,6 +52,11 @@ const Device* current_device(cudaError_t& error) {
   return nullptr;
 }
 
+bool enter_context() {
+  int index = 0;
+  return cudaGetDevice(&index) == cudaSuccess && cudaSetDevice(index) == cudaSuccess;
+}
+
 std::string no_device(bool (*compiled_for)(int major, int minor), const char* wanted) {
   int driver = 0, count = 0;
   cudaError_t error = cudaDriverGetVersion(&driver);

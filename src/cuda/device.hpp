@@ -22,6 +22,10 @@ struct Device {
 // Facts of the calling thread's current device, read once per device. Null if there is none; then `error` says why.
 const Device* current_device(cudaError_t& error);
 
+// Gives a thread that made no call to the runtime yet (one of autograd's, say) its device's context, which the driver's own
+// functions need. False if there is none.
+bool enter_context();
+
 // Empty if some device here has a compute capability for which `compiled_for` returns true, else the reason: no driver, no
 // device, or only devices that are too old or too new. `wanted` completes "... ; needs " for people.
 std::string no_device(bool (*compiled_for)(int major, int minor), const char* wanted);

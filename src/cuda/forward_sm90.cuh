@@ -2,7 +2,7 @@
 // chunks of 64 tokens, the state in registers from the first to the last. A run is a sequence, or a part of one whose first
 // state is known (context_sm90.hpp). See docs/kernels.md.
 //
-//   warpgroup 0         producer   one warp each: loads of K and Q; gates; stores of O; loads of V
+//   warpgroup 0         producer   a warp each for loads and stores of O, two for gates
 //   next STATE          state      S^T, 64 values each: U = S^T K^T, R = (V - e^gam U) T^T, O = S^T Q^T + V' P^T, S += V' K
 //   the others          auxiliary  tiles T and P (chunk.cuh), chunks taken in turn, ahead of the state
 //
@@ -34,17 +34,17 @@ struct Item {
 // Barriers, each with its phase bit per stage. Who arrives -> who waits:
 enum Barrier {
   KQ_FULL,     // copy engine -> state, auxiliary, (norms) gates
-  KQ_FREE,     // state, auxiliary, gates -> loader of K and Q
+  KQ_FREE,     // state, auxiliary, (norms) gates -> loader
   V_FULL,      // copy engine -> state
-  V_FREE,      // state -> loader of V
+  V_FREE,      // state -> loader
   GATES_FULL,  // gates -> state, auxiliary
   GATES_FREE,  // state, auxiliary -> gates
   TILES_FULL,  // auxiliary -> state
   TILES_FREE,  // state -> auxiliary
   O_FULL,      // state -> storer of O
   O_FREE,      // storer of O -> state
-  ITEM_FULL,   // loader of K and Q -> every other warp
-  ITEM_FREE,   // every other warp -> loader of K and Q
+  ITEM_FULL,   // loader -> every other warp
+  ITEM_FREE,   // every other warp -> loader
   BARRIERS
 };
 
@@ -91,74 +91,70 @@ __device__ __forceinline__ Place place(const ForwardParameters& p, const Item& i
   return place(p.sequences.cu_seqlens != nullptr, item.batch, item.begin, item.tokens, token);
 }
 
-// Warp 0, one lane: hands out items, loads K and Q.
+// Warp 0, one lane: hands out items, loads K, Q and V. Its ring of V is shorter, so V comes LAG chunks after K and Q, which
+// the auxiliary warpgroups need earlier.
 template <int STATE>
-__device__ __forceinline__ void load_keys(const ForwardParameters& p, SharedMemory<STATE>& shared) {
-  Ring ring, items;
+__device__ __forceinline__ void load_inputs(const ForwardParameters& p, SharedMemory<STATE>& shared) {
+  using S = Shape<STATE>;
+  constexpr int LAG = S::KQ - S::V;
+  Ring ring, values, items;
   int index = blockIdx.x;
   const int group = p.value_heads / p.heads, per_run = p.value_heads * p.value_blocks;
   const int item_count = p.runs == nullptr ? p.items : *p.run_count * per_run;
   while (true) {
-    Item item = {};
+    wait_free(shared, ITEM_FREE, items);
+    Item& item = shared.items[items.stage];  // read again where needed: registers are short
     item.sequence = -1;
     if (index < item_count) {
       const int i = index / per_run, rest = index % per_run;
       const ForwardRun run = p.runs == nullptr ? ForwardRun{i, 0, -1, -1} : p.runs[i];
-      item.sequence = run.sequence;
-      item.value_head = rest / p.value_blocks;
-      item.first_value = rest % p.value_blocks * (STATE * VALUES);
-      const TokenRange range = p.sequences[item.sequence];
-      item.batch = range.batch;
-      item.begin = range.begin;
-      item.tokens = static_cast<int>(range.end - range.begin);
-      item.first = run.first;
-      item.end = run.end < 0 ? (item.tokens + CHUNK - 1) / CHUNK : run.end;
-      item.start = run.start;
+      const TokenRange range = p.sequences[run.sequence];
+      const int tokens = static_cast<int>(range.end - range.begin);
+      item = {.sequence = run.sequence,
+              .value_head = rest / p.value_blocks,
+              .first_value = rest % p.value_blocks * (STATE * VALUES),
+              .tokens = tokens,
+              .batch = range.batch,
+              .begin = range.begin,
+              .first = run.first,
+              .end = run.end < 0 ? (tokens + CHUNK - 1) / CHUNK : run.end,
+              .start = run.start};
     }
-    wait_free(shared, ITEM_FREE, items);
-    shared.items[items.stage] = item;
     barrier_arrive(barrier_address(shared, ITEM_FULL, items.stage));
-    items.next<Shape<STATE>::ITEMS>();
+    items.next<S::ITEMS>();
     if (item.sequence < 0) break;
     const int head = item.value_head / group;
-    for (int c = item.first; c < item.end; ++c) {
-      wait_free(shared, KQ_FREE, ring);
-      const uint32_t full = barrier_address(shared, KQ_FULL, ring.stage);
-      barrier_arrive_expect(full, 2 * CHUNK * KEYS * 2);
-      const Place at = place(p, item, c * CHUNK);
-      const uint32_t k = shared_address(shared.k[ring.stage]), q = shared_address(shared.q[ring.stage]);
-      tensor_load(k, &p.k, full, 0, at.token, head, at.third, at.fourth);
-      tensor_load(k + 8192, &p.k, full, 64, at.token, head, at.third, at.fourth);
-      tensor_load(q, &p.q, full, 0, at.token, head, at.third, at.fourth);
-      tensor_load(q + 8192, &p.q, full, 64, at.token, head, at.third, at.fourth);
-      ring.next<Shape<STATE>::KQ>();
+    for (int c = item.first; c < item.end + LAG; ++c) {
+      if (c < item.end) {
+        wait_free(shared, KQ_FREE, ring);
+        const uint32_t full = barrier_address(shared, KQ_FULL, ring.stage);
+        barrier_arrive_expect(full, 2 * CHUNK * KEYS * 2);
+        const Place at = place(p, item, c * CHUNK);
+        const uint32_t k = shared_address(shared.k[ring.stage]), q = shared_address(shared.q[ring.stage]);
+        tensor_load(k, &p.k, full, 0, at.token, head, at.third, at.fourth);
+        tensor_load(k + 8192, &p.k, full, 64, at.token, head, at.third, at.fourth);
+        tensor_load(q, &p.q, full, 0, at.token, head, at.third, at.fourth);
+        tensor_load(q + 8192, &p.q, full, 64, at.token, head, at.third, at.fourth);
+        ring.next<S::KQ>();
+      }
+      if (c - LAG >= item.first) {
+        wait_free(shared, V_FREE, values);
+        const uint32_t full = barrier_address(shared, V_FULL, values.stage);
+        barrier_arrive_expect(full, S::V_BYTES);
+        const Place at = place(p, item, (c - LAG) * CHUNK);
+#pragma unroll
+        for (int w = 0; w < STATE; ++w) {
+          tensor_load(shared_address(shared.v[values.stage]) + w * 8192, &p.v, full, item.first_value + w * VALUES, at.token,
+                      item.value_head, at.third, at.fourth);
+        }
+        values.next<S::V>();
+      }
     }
     index = static_cast<int>(gridDim.x + (p.next_item == nullptr ? index : atomicAdd(p.next_item, 1u)));
   }
 }
 
-// Warp 3: loads V.
-template <int STATE>
-__device__ __forceinline__ void load_values(const ForwardParameters& p, SharedMemory<STATE>& shared, int lane) {
-  Ring ring, items;
-  for (Item item = take_item(shared, items, lane); item.sequence >= 0; item = take_item(shared, items, lane)) {
-    for (int c = item.first; lane == 0 && c < item.end; ++c) {
-      wait_free(shared, V_FREE, ring);
-      const uint32_t full = barrier_address(shared, V_FULL, ring.stage);
-      barrier_arrive_expect(full, Shape<STATE>::V_BYTES);
-      const Place at = place(p, item, c * CHUNK);
-#pragma unroll
-      for (int w = 0; w < STATE; ++w) {
-        tensor_load(shared_address(shared.v[ring.stage]) + w * 8192, &p.v, full, item.first_value + w * VALUES, at.token,
-                    item.value_head, at.third, at.fourth);
-      }
-      ring.next<Shape<STATE>::V>();
-    }
-    __syncwarp();  // lanes that went on to wait for the next item would take lane 0's turns
-  }
-}
-
-// Warp 2: stores O.
+// Warp 1: stores O.
 template <int STATE>
 __device__ __forceinline__ void store_outputs(const ForwardParameters& p, SharedMemory<STATE>& shared, int lane) {
   Ring ring, items;
@@ -181,20 +177,25 @@ __device__ __forceinline__ void store_outputs(const ForwardParameters& p, Shared
   if (lane == 0) stores_wait();
 }
 
-// Warp 1: everything that a chunk's tokens bring besides q, k, v. Lane l has tokens l and l + 32.
+// One of the gates' two warps: everything that a chunk's tokens bring besides q, k, v, for chunks `turn`, `turn + 2`, ... of
+// all chunks of the block. Lane l has tokens l and l + 32.
 template <typename T, int STATE, bool NORM>
-__device__ __forceinline__ void make_gates(const ForwardParameters& p, SharedMemory<STATE>& shared, int lane) {
+__device__ __forceinline__ void make_gates(const ForwardParameters& p, SharedMemory<STATE>& shared, uint32_t turn,
+                                           int lane) {
   Ring items;
   uint32_t count = 0;  // chunks so far
   while (true) {
     wait_full<false>(shared, ITEM_FULL, items);
     const Item& item = shared.items[items.stage];  // read again where needed: registers are short
     if (item.sequence < 0) break;
+    const int first = item.first, end = item.end;
+    int c = first + static_cast<int>((count ^ turn) & 1);
+    count += static_cast<uint32_t>(c - first);
     // A chunk ahead: a load takes longer than anything else that is done here for a chunk.
-    TokenBits bits = load_gates(p.gates, item, item.value_head, item.first * CHUNK + lane);
-    for (int c = item.first; c < item.end; ++c, ++count) {
+    TokenBits bits = load_gates(p.gates, item, item.value_head, c * CHUNK + lane);
+    for (; c < end; c += 2, count += 2) {
       TokenGates tokens = own_gates(p.gates, bits, item, item.value_head, c * CHUNK + lane);
-      bits = load_gates(p.gates, item, item.value_head, (c + 1) * CHUNK + lane);
+      bits = load_gates(p.gates, item, item.value_head, (c + 2) * CHUNK + lane);
       add_gates(tokens, lane);
       const Ring ring = ring_at<Shape<STATE>::GATES>(count), keys = ring_at<Shape<STATE>::KQ>(count);
       float2 nk = {1.0f, 1.0f}, nq = {1.0f, 1.0f};
@@ -205,9 +206,10 @@ __device__ __forceinline__ void make_gates(const ForwardParameters& p, SharedMem
         arrive(shared, KQ_FREE, keys, lane);
       }
       wait_free<false>(shared, GATES_FREE, ring);
-      fill_gates(shared.gates[ring.stage], tokens, nk, nq, p.scale, lane);
+      fill_gates<true>(shared.gates[ring.stage], tokens, nk, nq, p.scale, lane);
       arrive(shared, GATES_FULL, ring, lane);
     }
+    count -= static_cast<uint32_t>(c - end);
     arrive(shared, ITEM_FREE, items, lane);
     items.next<Shape<STATE>::ITEMS>();
   }
@@ -243,19 +245,28 @@ __device__ __forceinline__ void make_all_tiles(SharedMemory<STATE>& shared, int 
   }
 }
 
-// A state warpgroup: values 64 `turn`.. of the item.
+// The warpgroup's O of a chunk, rounded, into its tile.
+__device__ __forceinline__ void write_output(uint32_t tile, const uint32_t (&y)[16], int token, int block) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    store_matrices_transposed(tile + swizzled(16 * i + token, block), y[4 * i], y[4 * i + 1], y[4 * i + 2], y[4 * i + 3]);
+  }
+}
+
+// A state warpgroup: values 64 `turn`.. of the item. What a chunk needs in a row is S -> U -> R -> S; everything else, O
+// above all, is done while the tensor cores work on that, and O of a chunk is stored under the next one's first product.
 template <typename T, int STATE>
 __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemory<STATE>& shared, int turn, int warp,
                                           int lane) {
   using S = Shape<STATE>;
-  Ring items;
-  uint32_t count = 0;  // chunks so far
+  uint32_t count = 0, item_count = 0;  // chunks and items so far
   const int column = 2 * (lane & 3);
   const bool v_first = p.state_v_first != 0;
   // The lane's row and 16-byte block in a transposing load or store of 16 tokens x 16 values.
   const int token = (lane & 7) + 8 * (lane >> 4), block = 2 * warp + ((lane >> 3) & 1);
   float s[64];
   while (true) {
+    const Ring items = ring_at<S::ITEMS>(item_count);
     wait_full(shared, ITEM_FULL, items);
     const Item& item = shared.items[items.stage];  // read again where needed: registers are short
     if (item.sequence < 0) break;
@@ -271,11 +282,13 @@ __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemo
     for (int i = 0; i < 32; ++i) a[i] = pack<T>(s[2 * i], s[2 * i + 1]);
 
     const int end = item.end;
-    for (int c = item.first; c < end; ++c, ++count) {
+    uint32_t y[16] = {};  // O of the chunk before, rounded
+    bool output_free = false, started = false;
+    for (int c = item.first; c < end; ++c, ++count, started = true) {
       const Ring keys = ring_at<S::KQ>(count), values = ring_at<S::V>(count), gate_ring = ring_at<S::GATES>(count),
-                 outputs = ring_at<S::O>(count), tiles = ring_at<S::TILES>(count);
+                 outputs = ring_at<S::O>(count - 1), tiles = ring_at<S::TILES>(count);
       float u[32], o[32];
-      wait_full(shared, KQ_FULL, keys);
+      if (!started) wait_full(shared, KQ_FULL, keys);
       const uint32_t tile_k = shared_address(shared.k[keys.stage]), tile_q = shared_address(shared.q[keys.stage]);
       wgmma_fence();
 #pragma unroll
@@ -288,6 +301,11 @@ __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemo
         }
       }
       wgmma_commit();
+      const bool gates_full = is_full(shared, GATES_FULL, gate_ring), values_full = is_full(shared, V_FULL, values);
+      if (started) {
+        if (!output_free) wait_free(shared, O_FREE, outputs);
+        write_output(shared_address(shared.o[outputs.stage]) + turn * 8192, y, token, block);
+      }
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 8; ++k) {
@@ -300,18 +318,16 @@ __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemo
       }
       wgmma_commit();
 
-      wait_full(shared, GATES_FULL, gate_ring);
+      if (!gates_full) wait_full(shared, GATES_FULL, gate_ring);
+      if (!values_full) wait_full(shared, V_FULL, values);
       const ChunkGates& gates = shared.gates[gate_ring.stage];
-      wait_full(shared, V_FULL, values);
       const uint32_t tile_v = shared_address(shared.v[values.stage]) + turn * 8192;
-      const float decay = gates.decay;
-#pragma unroll
-      for (int i = 0; i < 64; ++i) s[i] *= decay;
+      const bool tiles_full = is_full(shared, TILES_FULL, tiles);
       // With one state warpgroup U goes on while Q S is still computed; with two, the other one fills the tensor cores, and
       // the registers of the operand are free sooner.
       wgmma_wait<STATE == 1 ? 1 : 0>();
       accumulators_ready(u);
-      uint32_t x[16];  // V - e^gam U, later V'
+      uint32_t x[16];  // V - e^gam U, later R
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         uint32_t v[4];
@@ -320,14 +336,15 @@ __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemo
         for (int h = 0; h < 2; ++h) {
           const float2 f = *reinterpret_cast<const float2*>(&gates.read[16 * i + 8 * h + column]);
           const float2 v0 = unpack<T>(v[2 * h]), v1 = unpack<T>(v[2 * h + 1]);
-          const float* y = u + 8 * i + 4 * h;
-          x[4 * i + 2 * h] = pack<T>(v0.x - f.x * y[0], v0.y - f.y * y[1]);
-          x[4 * i + 2 * h + 1] = pack<T>(v1.x - f.x * y[2], v1.y - f.y * y[3]);
+          const float* z = u + 8 * i + 4 * h;
+          x[4 * i + 2 * h] = pack<T>(v0.x - f.x * z[0], v0.y - f.y * z[1]);
+          x[4 * i + 2 * h + 1] = pack<T>(v1.x - f.x * z[2], v1.y - f.y * z[3]);
         }
       }
+      computed(x);
       arrive(shared, V_FREE, values, lane);
 
-      wait_full(shared, TILES_FULL, tiles);
+      if (!tiles_full) wait_full(shared, TILES_FULL, tiles);
       const uint32_t tile_t = shared_address(shared.t[tiles.stage]), tile_p = shared_address(shared.p[tiles.stage]);
       wgmma_fence();
 #pragma unroll
@@ -340,16 +357,33 @@ __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemo
         }
       }
       wgmma_commit();
+      if (started) {
+        fence_async_shared();
+        arrive(shared, O_FULL, outputs, lane);
+      }
+      // The state decays while T's product runs: neither between its instructions, which ptxas does within a block of code,
+      // nor after it. Hence the wait for the next K in between, which the auxiliary warpgroups had long before.
+      const Ring next_keys = ring_at<S::KQ>(count + 1);
+      const bool keys_full = is_full(shared, KQ_FULL, next_keys);
+      const float decay = gates.decay;
+#pragma unroll
+      for (int i = 0; i < 64; ++i) s[i] *= decay;
+      accumulators_ready(s);
+      if (!keys_full && c + 1 < end) wait_full(shared, KQ_FULL, next_keys);
+      wgmma_wait<1>();  // Q S: the operand's registers are free
+      float2 write[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) write[j] = *reinterpret_cast<const float2*>(&gates.write[8 * j + column]);
       wgmma_wait<0>();
       accumulators_ready(u);
       accumulators_ready(o);
       uint32_t w[16];  // V' decayed to the chunk's end
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const float2 f = *reinterpret_cast<const float2*>(&gates.write[8 * j + column]);
-        w[2 * j] = pack<T>(f.x * u[4 * j], f.y * u[4 * j + 1]);
-        w[2 * j + 1] = pack<T>(f.x * u[4 * j + 2], f.y * u[4 * j + 3]);
+        w[2 * j] = pack<T>(write[j].x * u[4 * j], write[j].y * u[4 * j + 1]);
+        w[2 * j + 1] = pack<T>(write[j].x * u[4 * j + 2], write[j].y * u[4 * j + 3]);
       }
+      computed(w);
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
@@ -357,11 +391,11 @@ __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemo
                            advance(matrix_descriptor(tile_k, 8192), k * 2048));
       }
       wgmma_commit();
+      output_free = is_free(shared, O_FREE, ring_at<S::O>(count));
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const float2 f = *reinterpret_cast<const float2*>(&gates.strength[8 * j + column]);
-        x[2 * j] = pack<T>(f.x * u[4 * j], f.y * u[4 * j + 1]);
-        x[2 * j + 1] = pack<T>(f.x * u[4 * j + 2], f.y * u[4 * j + 3]);
+        x[2 * j] = pack<T>(u[4 * j], u[4 * j + 1]);
+        x[2 * j + 1] = pack<T>(u[4 * j + 2], u[4 * j + 3]);
         const float2 q = *reinterpret_cast<const float2*>(&gates.output[8 * j + column]);
         o[4 * j] *= q.x;
         o[4 * j + 1] *= q.y;
@@ -381,19 +415,12 @@ __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemo
       arrive(shared, GATES_FREE, gate_ring, lane);
 #pragma unroll
       for (int i = 0; i < 32; ++i) a[i] = pack<T>(s[2 * i], s[2 * i + 1]);
-      wait_free(shared, O_FREE, outputs);
+      computed(a);
       wgmma_wait<0>();
       accumulators_ready(o);
       arrive(shared, TILES_FREE, tiles, lane);
-      const uint32_t tile_o = shared_address(shared.o[outputs.stage]) + turn * 8192;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float* y = o + 8 * i;
-        store_matrices_transposed(tile_o + swizzled(16 * i + token, block), pack<T>(y[0], y[1]), pack<T>(y[2], y[3]),
-                                  pack<T>(y[4], y[5]), pack<T>(y[6], y[7]));
-      }
-      fence_async_shared();
-      arrive(shared, O_FULL, outputs, lane);
+      for (int i = 0; i < 16; ++i) y[i] = pack<T>(o[2 * i], o[2 * i + 1]);
 
       const int done = (c + 1) * CHUNK;
       if (p.checkpoint_interval != 0 && done <= item.tokens && done % p.checkpoint_interval == 0) {
@@ -405,11 +432,18 @@ __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemo
         store_state(p.saved + (row * p.values + item.first_value) * KEYS, s, value, column);
       }
     }
+    if (started) {
+      const Ring outputs = ring_at<S::O>(count - 1);
+      wait_free(shared, O_FREE, outputs);
+      write_output(shared_address(shared.o[outputs.stage]) + turn * 8192, y, token, block);
+      fence_async_shared();
+      arrive(shared, O_FULL, outputs, lane);
+    }
     if (end * CHUNK >= item.tokens) {
       store_state(p.final, v_first, p.final.row(item.sequence, 0), item.value_head, s, item.first_value + value, column);
     }
     arrive(shared, ITEM_FREE, items, lane);
-    items.next<S::ITEMS>();
+    ++item_count;
   }
 }
 
@@ -448,13 +482,11 @@ __global__ void __launch_bounds__(THREADS, 1) forward_kernel(const __grid_consta
   if (warpgroup == 0) {
     fewer_registers<S::PRODUCER_REGISTERS>();
     if (warp == 0) {
-      if (lane == 0) load_keys(p, shared);
+      if (lane == 0) load_inputs(p, shared);
     } else if (warp == 1) {
-      make_gates<T, STATE, NORM>(p, shared, lane);
-    } else if (warp == 2) {
       store_outputs(p, shared, lane);
     } else {
-      load_values(p, shared, lane);
+      make_gates<T, STATE, NORM>(p, shared, static_cast<uint32_t>(warp - 2), lane);
     }
   } else if (warpgroup <= STATE) {
     more_registers<S::STATE_REGISTERS>();

@@ -11,14 +11,13 @@ namespace flashdelta::cuda {
 struct ChunkGates {
   float read[CHUNK];      // e^gam |k|^-1: factor of K S
   float output[CHUNK];    // scale e^gam |q|^-1: factor of Q S, and of a row of P
-  float strength[CHUNK];  // beta
   float write[CHUNK];     // beta e^(gam_C - gam) |k|^-1: factor of a row of V' in the state's update
   float column[CHUNK];    // beta |k|^-1: factor of a column of K K^T
   float row[CHUNK];       // |k|^-1: factor of a row of K K^T
   float gam[CHUNK];       // log2
   float rise[CHUNK];      // e^gam, where the chunk's decay is small (`factored`)
   float fall[CHUNK];      // e^-gam, likewise
-  float fall_key[CHUNK];  // e^-gam |k|^-1; not factored: |k|^-1
+  float fall_key[CHUNK];  // factor of a column of P: e^-gam |k|^-1, not factored |k|^-1, both times beta if P is to have it
   float query[CHUNK];     // scale |q|^-1
   float decay;            // e^gam_C
   int factored;           // e^(gam_i - gam_j) may be computed as e^gam_i e^-gam_j
@@ -105,7 +104,8 @@ __device__ __forceinline__ float2 inverse_norms(uint32_t tile, float eps, int la
   return {rsqrtf(sum[0] + eps), rsqrtf(sum[1] + eps)};
 }
 
-// `key`, `query`: |k|^-1 and |q|^-1 of the lane's tokens with l2 norm, else 1.
+// `key`, `query`: |k|^-1 and |q|^-1 of the lane's tokens with l2 norm, else 1. STRENGTH: the columns of P are to have beta.
+template <bool STRENGTH>
 __device__ __forceinline__ void fill_gates(ChunkGates& out, const TokenGates& tokens, float2 key, float2 query, float scale,
                                            int lane) {
   constexpr float FACTORED_BOUND = 64.0f;  // log2 of the chunk's decay up to which e^-gam is harmless
@@ -118,14 +118,13 @@ __device__ __forceinline__ void fill_gates(ChunkGates& out, const TokenGates& to
     const float rise = exp2_fast(g), fall = factored ? exp2_fast(-g) : 1.0f;
     out.read[t] = rise * nk;
     out.output[t] = rise * nq;
-    out.strength[t] = beta;
     out.write[t] = beta * exp2_fast(tokens.total - g) * nk;
     out.column[t] = beta * nk;
     out.row[t] = nk;
     out.gam[t] = g;
     out.rise[t] = rise;
     out.fall[t] = fall;
-    out.fall_key[t] = fall * nk;
+    out.fall_key[t] = STRENGTH ? fall * nk * beta : fall * nk;
     out.query[t] = nq;
   }
   if (lane == 0) {

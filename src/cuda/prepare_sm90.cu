@@ -126,7 +126,7 @@ __device__ __forceinline__ void make_gates(const PrepareParameters& p, SharedMem
       if (!mine) {
         arrive(shared, GATES_FREE, gates, lane);
       } else {
-        fill_gates(shared.gates[gates.stage], tokens, key, query, p.scale, lane);
+        fill_gates<false>(shared.gates[gates.stage], tokens, key, query, p.scale, lane);
         arrive(shared, GATES_FULL, gates, lane);
         fill_vectors(p.scratch.vectors[p.scratch.head(item.slot, first_head + i)], tokens, key, query, lane);
       }

@@ -69,6 +69,15 @@ __device__ __forceinline__ bool barrier_try(uint32_t barrier, uint32_t parity) {
   }
   return done != 0;
 }
+// The same without sleeping.
+__device__ __forceinline__ bool barrier_test(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+               : "=r"(done)
+               : "r"(barrier), "r"(parity)
+               : "memory");
+  return done != 0;
+}
 // Waits for the end of the phase of this parity. With FLASHDELTA_SPIN_LIMIT a wait that takes too long is a trap, not a
 // hang.
 template <bool HINT = true>
@@ -230,6 +239,13 @@ template <int COUNT>
 __device__ __forceinline__ void accumulators_ready(float (&d)[COUNT]) {
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// The values are computed before anything that follows: not between the wgmma that use them, whose start that would delay.
+template <int COUNT>
+__device__ __forceinline__ void computed(uint32_t (&x)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) asm volatile("" : "+r"(x[i])::"memory");
 }
 
 // Matrix in shared memory with rows of 128 bytes, swizzled by 128 bytes; 8 rows every 1024 bytes. `leading`: bytes between

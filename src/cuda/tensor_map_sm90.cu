@@ -63,11 +63,7 @@ fd_status tensor_map(CUtensorMap& map, const std::string& name, const fd_tensor&
                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   };
   CUresult result = encode_map();
-  if (result == CUDA_ERROR_INVALID_CONTEXT) {
-    // A thread that made no call to the runtime yet (one of autograd's, say): cudaSetDevice gives it the device's context.
-    int device = 0;
-    if (cudaGetDevice(&device) == cudaSuccess && cudaSetDevice(device) == cudaSuccess) result = encode_map();
-  }
+  if (result == CUDA_ERROR_INVALID_CONTEXT && enter_context()) result = encode_map();
   if (result != CUDA_SUCCESS) {
     return fail(FD_DEVICE_ERROR, name + ": CUresult " + std::to_string(result) + " for its tensor map");
   }

@@ -32,6 +32,7 @@ inline Device device = {132, 9, 0, "emulation"};
 inline emulation::Schedule schedule = emulation::Schedule::forward;
 
 inline const Device* current_device(cudaError_t&) { return &device; }
+inline bool enter_context() { return true; }
 inline std::string no_device(bool (*)(int major, int minor), const char*) { return ""; }
 inline std::string describe_device() { return device.name; }
 inline fd_status checked(cudaError_t, const char* what) { return fail(FD_DEVICE_ERROR, what); }

@@ -120,6 +120,7 @@ void barrier_wait(uint32_t barrier, uint32_t parity) {
   const unsigned& phase = emulation::barrier_at(barrier).phase;
   while ((phase & 1) == parity) emulation::wait_while(phase, phase);
 }
+inline bool barrier_test(uint32_t barrier, uint32_t parity) { return (emulation::barrier_at(barrier).phase & 1) != parity; }
 inline void fence_async_shared() { emulation::fence_writes(); }
 
 // --- bulk copies
@@ -346,6 +347,9 @@ template <int COUNT>
 void accumulators_ready(float (&d)[COUNT]) {
   emulation::check_accumulators(d);
 }
+
+template <int COUNT>
+void computed(uint32_t (&)[COUNT]) {}
 
 inline uint64_t matrix_descriptor(uint32_t address, uint32_t leading) {
   return (address & 0x3ffff) >> 4 | uint64_t{leading >> 4} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
