@@ -86,6 +86,7 @@ class GatedDeltaNet(nn.Module):
     def __init__(self, width: int, heads: int, head_dim: int, filter_width: int = 4) -> None:
         super().__init__()
         self.heads, self.head_dim = heads, head_dim
+        self.prefill_rule = flashdelta.chunk_gated_delta_rule
         inner = heads * head_dim
         self.qkv = nn.Linear(width, 3 * inner, bias=False)
         self.filter = nn.Parameter(torch.randn(filter_width, 3 * inner) / filter_width**0.5)
@@ -104,7 +105,7 @@ class GatedDeltaNet(nn.Module):
         qkv = F.silu(sum(window[:, i : i + T] * tap for i, tap in enumerate(self.filter)))
         q, k, v = qkv.unflatten(2, (3, self.heads, self.head_dim)).unbind(2)
         a, b = self.gates(x).chunk(2, dim=-1)
-        rule = flashdelta.chunk_gated_delta_rule if T > 1 else flashdelta.fused_recurrent_gated_delta_rule
+        rule = self.prefill_rule if T > 1 else flashdelta.fused_recurrent_gated_delta_rule
         o, state = rule(
             q,
             k,
@@ -169,6 +170,23 @@ class LanguageModel(nn.Module):
 # --- training --------------------------------------------------------------------------------------------------------
 
 
+def learning_rate(step: int, done: float) -> float:
+    """The share of the largest learning rate: up during 20 steps, then down with the share of the training that is done."""
+    return min(1.0, (step + 1) / 20) * (0.05 + 0.95 * math.cos(done * math.pi / 2))
+
+
+def train_step(model: LanguageModel, optimizer: torch.optim.Optimizer, window: Tensor, autocast: torch.autocast) -> Tensor:
+    """One step on bytes [B, T + 1]; returns its loss in bits per byte, still on the device."""
+    with autocast:
+        logits, _ = model(window[:, :-1])
+    loss = F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss.detach() / math.log(2)
+
+
 def train_model(model: LanguageModel, text: Tensor, seconds: float, autocast: torch.autocast) -> list[float]:
     """Trains for about `seconds`, but at least FEWEST_STEPS steps; returns the loss of each in bits per byte."""
     device = next(model.parameters()).device
@@ -177,18 +195,10 @@ def train_model(model: LanguageModel, text: Tensor, seconds: float, autocast: to
     start = time.perf_counter()
     with tqdm(total=100, unit="%", bar_format="training {l_bar}{bar}| {elapsed} {postfix}") as bar:
         while (done := min((time.perf_counter() - start) / seconds, len(losses) / FEWEST_STEPS)) < 1:
-            rate = min(1.0, (len(losses) + 1) / 20) * (0.05 + 0.95 * math.cos(done * math.pi / 2))
-            optimizer.param_groups[0]["lr"] = 3e-3 * rate
+            optimizer.param_groups[0]["lr"] = 3e-3 * learning_rate(len(losses), done)
             at = torch.randint(len(text) - CONTEXT, (BATCH,))
             window = torch.stack([text[i : i + CONTEXT + 1] for i in at]).to(device, torch.long)
-            with autocast:
-                logits, _ = model(window[:, :-1])
-            loss = F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            losses.append(loss.item() / math.log(2))
+            losses.append(train_step(model, optimizer, window, autocast).item())
             bar.set_postfix_str(f"step {len(losses)}, {losses[-1]:.2f} bits per byte")
             bar.update(100 * done - bar.n)
         bar.update(100 - bar.n)
@@ -265,7 +275,11 @@ def choose_device() -> torch.device:
 
 
 def save_plot(path: pathlib.Path, losses: list[float], model_bits: float, bigram_bits: float) -> None:
-    import matplotlib
+    try:
+        import matplotlib
+    except ModuleNotFoundError as reason:
+        print(f"no plot: {reason}")
+        return
 
     matplotlib.use("Agg")
     from matplotlib import pyplot

@@ -19,6 +19,8 @@ import report
 import report_gpu
 import result_file
 import rows
+import training
+from reference import gated_delta_rule
 
 ROOT = Path(__file__).parents[2]
 
@@ -260,3 +262,35 @@ def test_report_writes_the_gpu_tables(site: Path, monkeypatch: pytest.MonkeyPatc
     said = report_gpu._summary(measured, [r for r in rows.rows() if r.name == name], "Forward")
     assert "1 of 1 rows have a peer's time, 0 are faster" in said
     assert f"slower than the fastest peer: {name}" in said
+
+
+def test_training_paths_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "training.json"
+    sizes = ["--steps", "3", "--seeds", "1", "--layers", "1", "--context", "70", "--batch", "2", "--held-out", "2100"]
+    assert training.main(["--device", "cpu", "--output", str(output), *sizes]) == 0
+    assert "1 of 1 seeds, 0 further apart" in capsys.readouterr().out
+    found = {entry["name"]: entry for entry in json.loads(output.read_text())["benchmarks"]}
+    assert set(found) == {f"training/{path}/0" for path in training.PATHS}
+    ours, plain = found["training/flashdelta/0"], found["training/float32/0"]
+    assert len(ours["loss"]) == 3
+    assert ours["loss"] != plain["loss"]  # bf16
+    assert 0 < ours["apart"] < 0.01
+    assert ours["held_out"] == pytest.approx(plain["held_out"], abs=0.01)
+    assert training.apart([1.0] * 30, [1.0] * 29 + [3.0]) == pytest.approx(2 / training.SMOOTH)
+    assert training.main(["--device", "cpu", "--output", str(output), "--seconds", "-1"]) == 1
+
+
+def test_the_plain_rule_is_the_rule() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 150, 2, 16)] * 3 + [(2, 150, 2)] * 2 + [(2,)] * 2 + [(2, 2, 16, 16)]
+    leaves = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    q, k, v, g, beta, A_log, dt_bias, state = leaves
+    o, final = training.plain_rule(q, k, v, g, beta, A_log, dt_bias, state)
+    options = {"A_log": A_log, "dt_bias": dt_bias, "qk_l2norm": True, "beta_logit": True}
+    expected, expected_final = gated_delta_rule(q, k, v, g, beta, initial_state=state, **options)
+    weight = torch.randn(o.shape, generator=generator)
+    torch.testing.assert_close(o.double(), expected, atol=1e-5, rtol=1e-4)
+    got = torch.autograd.grad((o * weight).sum() + final.sum(), leaves)
+    truth = torch.autograd.grad((expected * weight).sum() + expected_final.sum(), leaves)
+    for a, b in zip(got, truth, strict=True):
+        assert (a - b).norm() < 1e-4 * b.norm()
