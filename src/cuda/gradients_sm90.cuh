@@ -2,16 +2,19 @@
 // persistent block takes work items (chunk, key head) and walks the value heads of the key head; dq and dk stay in registers
 // over them. See docs/kernels.md.
 //
-//   warpgroup 0, warps 0, 1    states    <dS, S>; these warps share their schedulers with the shortest rows of triangles
-//                warp 2        gates     sums of all roles -> dg, dbeta
-//                warp 3        loads     items, all tiles
-//   warpgroup 1                queries   dq; the triangles dP and X
-//   warpgroup 2                keys      dk
+//   warpgroup 0, warps 0, 1    states     <dS, S>
+//                warp 2        gates      sums of all roles -> dg, dbeta
+//                warp 3        loads      items, all tiles
+//   warpgroup 1                queries    dq
+//   warpgroup 2                keys       dk, by the same code
+//   warpgroup 3                triangles  dP and X, as operands of both
 //
-//   per value head, from 64 values at a time     queries:  do S^T,  do R^T,  dv R^T
-//                                                keys:     dv S^T,  R dS^T
-//   then                                         queries:  dP, X -> dq += dP K;  tiles W, dP^T -> keys
-//                                                keys:     dk += W K + dP^T Q
+//   per value head, 64 values at a time      queries:    dq += do S^T
+//                                            keys:       dk += dv S^T + R dS^T
+//                                            triangles:  do R^T,  dv R^T
+//   then                                     triangles:  dP, X -> tiles
+//                                            queries:    dq += dP K
+//                                            keys:       dk += W K + dP^T Q
 #pragma once
 
 #include "cuda/gradients_sm90.hpp"
@@ -71,17 +74,18 @@ __device__ __forceinline__ void load(const GradientParameters& p, SharedMemory& 
         bulk_load(shared_address(to.s), p.scratch.s + from * STATE_TILE, STATE_TILE, full);
         bulk_load(shared_address(to.ds), p.scratch.ds + from * STATE_TILE, STATE_TILE, full);
         blocks.next<STAGES>();
+        // K and Q, whose space the item before still uses, behind as many blocks as find room before it ends.
+        if (i > 0 || b != (value_blocks < STAGES ? value_blocks : STAGES) - 1) continue;
+        wait_free(shared, KQ_FREE, keys);
+        const uint32_t kq_full = barrier_address(shared, KQ_FULL, 0);
+        const uint32_t k = shared_address(shared.k), q = shared_address(shared.q);
+        barrier_arrive_expect(kq_full, 2 * CHUNK * KEYS * 2);
+        tensor_load(k, &p.k, kq_full, 0, at.token, item.head, at.third, at.fourth);
+        tensor_load(k + TILE, &p.k, kq_full, 64, at.token, item.head, at.third, at.fourth);
+        tensor_load(q, &p.q, kq_full, 0, at.token, item.head, at.third, at.fourth);
+        tensor_load(q + TILE, &p.q, kq_full, 64, at.token, item.head, at.third, at.fourth);
+        keys.next<1>();
       }
-      if (i > 0) continue;
-      // The first products do not need K and Q, whose space the item before may still use.
-      wait_free(shared, KQ_FREE, keys);
-      const uint32_t full = barrier_address(shared, KQ_FULL, 0), k = shared_address(shared.k), q = shared_address(shared.q);
-      barrier_arrive_expect(full, 2 * CHUNK * KEYS * 2);
-      tensor_load(k, &p.k, full, 0, at.token, item.head, at.third, at.fourth);
-      tensor_load(k + TILE, &p.k, full, 64, at.token, item.head, at.third, at.fourth);
-      tensor_load(q, &p.q, full, 0, at.token, item.head, at.third, at.fourth);
-      tensor_load(q + TILE, &p.q, full, 64, at.token, item.head, at.third, at.fourth);
-      keys.next<1>();
     }
   }
   wait_free(shared, ITEM_FREE, items);
@@ -171,12 +175,12 @@ __device__ __forceinline__ void gather(const Sums& sums, const ChunkVectors& vec
       p += sums.column[0][warp][t];
       x += sums.column[1][warp][t];
     }
-    const float beta = vectors.beta[t];
-    a[i] = sums.read[0][t] + sums.read[1][t] - (p - beta * x);
-    // dbeta is also <dv_i, R_i> / beta_i. Each rounding of dv counts there once over beta, in the difference once for every
-    // token whose key resembles this one's.
-    dbeta[i] = beta * beta * sums.overlap[t] > 1.0f ? sums.own[t] / beta : dbeta[i] - x;
-    w[i] = sums.written[t];
+    const float beta = vectors.beta[t], written = sums.written[t];
+    a[i] = sums.read[0][t] + sums.read[1][t] + sums.row[t] - beta * (p - x);
+    // dbeta is also <dv_i, R_i> / beta_i. Each rounding of dv counts there once over beta, in the sum once for every token
+    // whose key resembles this one's.
+    dbeta[i] = beta * beta * sums.overlap[t] > 1.0f ? sums.own[t] / beta : p + sums.diagonal[t] + written - x;
+    w[i] = beta * written;
   }
   // Sums of a from each token on, of w up to each token.
 #pragma unroll
@@ -209,12 +213,7 @@ __device__ __forceinline__ void write_gates(const GradientParameters& p, SharedM
     if (item.slot < 0) break;
     for (int i = 0; i < group; ++i) {
       const int value_head = item.head * group + i;
-      float dg[2], dbeta[2] = {0.0f, 0.0f};
-      for (int b = 0; b < p.scratch.value_blocks; ++b) {
-        const float* part = p.scratch.dbeta + p.scratch.block(item.slot, value_head, b) * CHUNK + lane;
-        dbeta[0] += part[0];
-        dbeta[1] += part[32];
-      }
+      float dg[2], dbeta[2];
       wait_full(shared, VECTORS_FULL, heads);
       wait_full(shared, SUMS_FULL, heads);
       gather(shared.sums[heads.stage], shared.vectors[heads.stage], dg, dbeta, lane);
@@ -223,17 +222,17 @@ __device__ __forceinline__ void write_gates(const GradientParameters& p, SharedM
       heads.next<HEADS>();
 
       float2 sum = {0.0f, 0.0f};
-#pragma unroll
+#pragma unroll 1
       for (int half = 0; half < 2; ++half) {
         if (lane + 32 * half >= item.place.tokens) continue;
         const int64_t token = item.place.begin + lane + 32 * half;
-        const GateGradient gate = gate_gradient(p.gates, item.batch, token, value_head, dg[half]);
+        const GateGradient gate = gate_gradient(p.gates, item.batch, token, value_head, half == 0 ? dg[0] : dg[1]);
         sum.x += gate.A_log;
         sum.y += gate.dt_bias;
         if (p.dg.data != nullptr) store_element(p.dg.data, p.dg.type, p.dg.at(item.batch, token, value_head), gate.a);
         if (p.dbeta.data != nullptr) {
           store_element(p.dbeta.data, p.dbeta.type, p.dbeta.at(item.batch, token, value_head),
-                        strength_gradient(p.gates, item.batch, token, value_head, dbeta[half]));
+                        strength_gradient(p.gates, item.batch, token, value_head, half == 0 ? dbeta[0] : dbeta[1]));
         }
       }
       sum = make_float2(warp_sum(sum.x), warp_sum(sum.y));
@@ -244,258 +243,211 @@ __device__ __forceinline__ void write_gates(const GradientParameters& p, SharedM
   }
 }
 
-// --- queries: dq
+// --- queries and keys: rows of dq or of dk
 
-template <typename T, bool FIRST>
-__device__ __forceinline__ void multiply_block(float (&s)[64], float (&dr)[32], float (&xr)[32], SharedMemory& shared,
-                                               const Ring& blocks) {
-  wait_full(shared, BLOCK_FULL, blocks);
-  const Block& block = shared.blocks[blocks.stage];
-  const uint32_t do_ = shared_address(block.do_), r = shared_address(block.r);
+// d += r .* x; the thread's part of <y_i, x_i> for its two rows i, y being the tile, is added to `dot`.
+template <typename T>
+__device__ __forceinline__ void add_rows(float (&d)[64], float (&dot)[2], const float (&x)[64], uint32_t tile,
+                                         const float (&r)[2], const Lane& lane) {
+#pragma unroll
+  for (int b = 0; b < 8; ++b) {
+    uint32_t y[4];
+    load_matrices(y, tile + (b / 4) * TILE + lane.at(lane.warp, b % 4));
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float2 y0 = unpack<T>(y[2 * h]), y1 = unpack<T>(y[2 * h + 1]);
+      const float* u = x + 8 * b + 4 * h;
+      float* v = d + 8 * b + 4 * h;
+      dot[0] = fmaf(y0.x, u[0], fmaf(y0.y, u[1], dot[0]));
+      dot[1] = fmaf(y1.x, u[2], fmaf(y1.y, u[3], dot[1]));
+      v[0] = fmaf(r[0], u[0], v[0]);
+      v[1] = fmaf(r[0], u[1], v[1]);
+      v[2] = fmaf(r[1], u[2], v[2]);
+      v[3] = fmaf(r[1], u[3], v[3]);
+    }
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void multiply_triangle(float (&d)[64], uint32_t triangle, uint32_t rows) {
   wgmma_fence();
-  multiply<T, FIRST, 0>(dr, do_, r);
-  multiply<T, FIRST, 0>(xr, shared_address(block.dv), r);
-  multiply<T, FIRST, 1>(s, do_, shared_address(block.s));
+  multiply<T, false, 1>(d, triangle, rows);
   wgmma_commit();
   wgmma_wait<0>();
-  accumulators_ready(s);
+  accumulators_ready(d);
+}
+
+// One code for both warpgroups, so that a block's instructions stay in the cache. The products of a block of values are
+// done one after another:  queries: dq += scale e^gam .* (do S^T);  keys: dk += -e^gam .* (dv S^T), then
+// dk += e^(gam_C - gam) beta .* (R dS^T).
+template <typename T>
+__device__ __forceinline__ void run_rows(const GradientParameters& p, SharedMemory& shared, Side side, int warp) {
+  uint32_t item_count = 0, head_count = 0, block_count = 0;  // so far
+  const int group = p.scratch.value_heads / p.heads, products = p.scratch.value_blocks * (1 + side);
+  const int wanted = side == OF_QUERIES ? p.has_dq : p.has_dk;
+  const uint32_t tile = shared_address(side == OF_QUERIES ? shared.q : shared.k);
+  float d[64];
+  while (true) {
+    const Ring items = ring_at<ITEMS>(item_count), keys = ring_at<1>(item_count);
+    wait_full(shared, ITEM_FULL, items);
+    const Item& item = shared.items[items.stage];  // read again where needed: registers are short
+    if (item.slot < 0) break;
+#pragma unroll
+    for (int i = 0; i < 64; ++i) d[i] = 0.0f;
+    float norm[2] = {1.0f, 1.0f};
+    for (int i = 0; i < group; ++i) {
+      const Ring heads = ring_at<HEADS>(head_count), tiles = ring_at<1>(head_count);
+      ++head_count;
+      const ChunkVectors& vectors = shared.vectors[heads.stage];
+      float read[2] = {0.0f, 0.0f}, written[2] = {0.0f, 0.0f};
+#pragma unroll 1
+      for (int product = 0; product < products; ++product) {
+        const int write = product & side;
+        const Ring blocks = ring_at<STAGES>(block_count);
+        if (write == 0) wait_full(shared, BLOCK_FULL, blocks);
+        const Block& block = shared.blocks[blocks.stage];
+        const uint32_t left = shared_address(side == OF_QUERIES ? block.do_ : write == 0 ? block.dv : block.r);
+        float x[64];
+        wgmma_fence();
+        multiply<T, true, 1>(x, left, shared_address(write == 0 ? block.s : block.ds));
+        wgmma_commit();
+        if (product == 0) {
+          wait_full(shared, VECTORS_FULL, heads);
+          if (i == 0) {
+            wait_full(shared, KQ_FULL, keys);
+            if (thread_number() == 0) {  // the gradient of the item before has left
+              stores_wait_read<0>();
+              barrier_arrive(barrier_address(shared, PRODUCTS_FREE, 0));
+            }
+          }
+        }
+        const Lane lane(warp);
+        const float* decay = write == 0 ? vectors.rise : vectors.end;
+        float r[2], dot[2] = {0.0f, 0.0f};
+        r[0] = decay[lane.row];
+        r[1] = decay[lane.row + 8];
+        float f[2];
+        f[0] = write == 0 ? (side == OF_QUERIES ? p.scale : -1.0f) : vectors.beta[lane.row];
+        f[1] = write == 0 ? f[0] : vectors.beta[lane.row + 8];
+        wgmma_wait<0>();
+        accumulators_ready(x);
+        if (write == static_cast<int>(side)) {
+          arrive(shared, BLOCK_FREE, blocks, lane_number());
+          ++block_count;
+        }
+        const float factor[2] = {r[0] * f[0], r[1] * f[1]};
+        add_rows<T>(d, dot, x, tile, factor, lane);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          if (write == 0) {
+            read[h] = fmaf(dot[h], factor[h], read[h]);
+          } else {
+            written[h] = fmaf(dot[h], r[h], written[h]);
+          }
+        }
+      }
+
+      const Lane lane(warp);
+      wait_free(shared, SUMS_FREE, heads);
+      Sums& sums = shared.sums[heads.stage];
+      const float* norms = side == OF_QUERIES ? vectors.query : vectors.key;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        norm[h] = norms[lane.row + 8 * h];
+        read[h] = sum_row(read[h]) * norm[h];
+        written[h] = sum_row(written[h]) * norm[h];
+        if (lane.column == 0) {
+          sums.read[side][lane.row + 8 * h] = read[h];
+          if (side == OF_KEYS) sums.written[lane.row + 8 * h] = written[h];
+        }
+      }
+      arrive(shared, VECTORS_FREE, heads, lane_number());
+      arrive_each(shared, SUMS_FULL, heads);
+
+      wait_full(shared, TILES_FULL, tiles);
+      if (side == OF_QUERIES) {
+        multiply_triangle<T>(d, shared_address(shared.dp), shared_address(shared.k));
+      } else {
+        multiply_triangle<T>(d, shared_address(shared.dp_transposed), shared_address(shared.q));
+        multiply_triangle<T>(d, shared_address(shared.w), shared_address(shared.k));
+      }
+      arrive(shared, TILES_FREE, tiles, lane_number());
+    }
+
+    if (wanted != 0) {
+      if (p.l2norm != 0) differentiate_norm<T>(d, tile, norm[0], norm[1], Lane(warp));
+      // The triangles' warpgroup has read its products: the last tiles came after that.
+      store_gradient<T>(side == OF_QUERIES ? p.dq : p.dk, d, shared_address(shared.products[side]), 1 + side, place(p, item),
+                        item.head, Lane(warp));
+    }
+    arrive(shared, KQ_FREE, Ring{}, lane_number());
+    arrive(shared, ITEM_FREE, items, lane_number());
+    ++item_count;
+  }
+  if (thread_number() == 0) stores_wait();
+}
+
+// --- triangles: dP and X
+
+template <typename T, bool FIRST>
+__device__ __forceinline__ void multiply_block(float (&dr)[32], float (&xr)[32], SharedMemory& shared, const Ring& blocks) {
+  wait_full(shared, BLOCK_FULL, blocks);
+  const Block& block = shared.blocks[blocks.stage];
+  const uint32_t r = shared_address(block.r);
+  wgmma_fence();
+  multiply<T, FIRST, 0>(dr, shared_address(block.do_), r);
+  multiply<T, FIRST, 0>(xr, shared_address(block.dv), r);
+  wgmma_commit();
+  wgmma_wait<0>();
   accumulators_ready(dr);
   accumulators_ready(xr);
   arrive(shared, BLOCK_FREE, blocks, lane_number());
 }
 
-// dq += scale e^gam .* x, where x = do S^T. Returns the thread's part of its rows' scale e^gam_i <q_i, x_i>.
 template <typename T>
-__device__ __forceinline__ float2 add_read(float (&dq)[64], const float (&x)[64], SharedMemory& shared,
-                                           const ChunkVectors& vectors, float scale, int warp) {
-  const Lane lane(warp);
-  const float r0 = scale * vectors.rise[lane.row], r1 = scale * vectors.rise[lane.row + 8];
-  float dot0 = 0.0f, dot1 = 0.0f;
-#pragma unroll
-  for (int b = 0; b < 8; ++b) {
-    uint32_t q[4];
-    load_matrices(q, shared_address(shared.q) + (b / 4) * TILE + lane.at(warp, b % 4));
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float2 q0 = unpack<T>(q[2 * h]), q1 = unpack<T>(q[2 * h + 1]);
-      const float* y = x + 8 * b + 4 * h;
-      float* d = dq + 8 * b + 4 * h;
-      dot0 = fmaf(q0.x, y[0], fmaf(q0.y, y[1], dot0));
-      dot1 = fmaf(q1.x, y[2], fmaf(q1.y, y[3], dot1));
-      d[0] = fmaf(r0, y[0], d[0]);
-      d[1] = fmaf(r0, y[1], d[1]);
-      d[2] = fmaf(r1, y[2], d[2]);
-      d[3] = fmaf(r1, y[3], d[3]);
-    }
-  }
-  return make_float2(dot0 * (r0 * vectors.query[lane.row]), dot1 * (r1 * vectors.query[lane.row + 8]));
-}
-
-template <typename T>
-__device__ __forceinline__ void run_queries(const GradientParameters& p, SharedMemory& shared, int warp) {
+__device__ __forceinline__ void run_triangles(const GradientParameters& p, SharedMemory& shared, int warp) {
   uint32_t item_count = 0, head_count = 0, block_count = 0;  // so far
   const int group = p.scratch.value_heads / p.heads;
-  float dq[64];
   while (true) {
     const Ring items = ring_at<ITEMS>(item_count), keys = ring_at<1>(item_count);
+    ++item_count;
     wait_full(shared, ITEM_FULL, items);
-    const Item& item = shared.items[items.stage];  // read again where needed: registers are short
-    if (item.slot < 0) break;
-#pragma unroll
-    for (int i = 0; i < 64; ++i) dq[i] = 0.0f;
-    float f0 = 1.0f, f1 = 1.0f;
+    const bool more = shared.items[items.stage].slot >= 0;
+    arrive(shared, ITEM_FREE, items, lane_number());
+    if (!more) break;
     float2 overlap = {0.0f, 0.0f};
     for (int i = 0; i < group; ++i) {
-      float s[64], dr[32], xr[32];
-      multiply_block<T, true>(s, dr, xr, shared, ring_at<STAGES>(block_count++));
-      for (int b = 1; b < p.scratch.value_blocks; ++b) {
-        multiply_block<T, false>(s, dr, xr, shared, ring_at<STAGES>(block_count++));
-      }
-
       const Ring heads = ring_at<HEADS>(head_count), tiles = ring_at<1>(head_count);
       ++head_count;
-      wait_full(shared, VECTORS_FULL, heads);
       const ChunkVectors& vectors = shared.vectors[heads.stage];
-      if (i == 0) wait_full(shared, KQ_FULL, keys);
-      const float2 read = add_read<T>(dq, s, shared, vectors, p.scale, warp);
-      if (i == 0) {
-        // Nobody needs the space of the products any more: the dq and the dk of the item before have left it.
-        if (thread_number() == 0) {
-          stores_wait_read<0>();
-          wait_full(shared, PRODUCTS_FREE, keys);
-        }
-        named_barrier(QUERIES_BARRIER, 128);
-        overlap = make_products<T>(shared, vectors, warp);
+      float dr[32], xr[32];
+      multiply_block<T, true>(dr, xr, shared, ring_at<STAGES>(block_count++));
+      for (int b = 1; b < p.scratch.value_blocks; ++b) {
+        multiply_block<T, false>(dr, xr, shared, ring_at<STAGES>(block_count++));
       }
 
+      wait_full(shared, VECTORS_FULL, heads);
+      if (i == 0) {
+        wait_full(shared, KQ_FULL, keys);
+        wait_full(shared, PRODUCTS_FREE, keys);
+        overlap = make_products<T>(shared, vectors, p.scale, warp);
+        arrive(shared, KQ_FREE, Ring{}, lane_number());
+      }
       wait_free(shared, SUMS_FREE, heads);
       wait_free(shared, TILES_FREE, tiles);
       Sums& sums = shared.sums[heads.stage];
-      uint32_t a[16];
-      float sum[2] = {read.x, read.y};
-      make_triangles<T>(a, sum, dr, xr, shared, vectors, sums, p.scale, warp);
+      make_triangles<T>(dr, xr, shared, vectors, sums, p.scale, warp);
       fence_async_shared();
       arrive(shared, TILES_FULL, tiles, lane_number());
-
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        wgmma<T, false, 1>(dq, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3],
-                           matrix_descriptor(shared_address(shared.k) + k * 2048, TILE));
-      }
-      wgmma_commit();
       const Lane lane(warp);
-      f0 = vectors.query[lane.row];
-      f1 = vectors.query[lane.row + 8];
-      sum[0] = sum_row(sum[0]);
-      sum[1] = sum_row(sum[1]);
       if (lane.column == 0) {
-        sums.read[0][lane.row] = sum[0];
-        sums.read[0][lane.row + 8] = sum[1];
         sums.overlap[lane.row] = overlap.x;
         sums.overlap[lane.row + 8] = overlap.y;
       }
       arrive(shared, VECTORS_FREE, heads, lane_number());
       arrive_each(shared, SUMS_FULL, heads);
-      wgmma_wait<0>();
-      accumulators_ready(dq);
-    }
-
-    if (p.has_dq != 0) {
-      if (p.l2norm != 0) differentiate_norm<T>(dq, shared_address(shared.q), f0, f1, Lane(warp));
-      named_barrier(QUERIES_BARRIER, 128);  // all have read their Q K^T
-      store_gradient<T>(p.dq, dq, shared_address(shared.qk), QUERIES_BARRIER, place(p, item), item.head, Lane(warp));
-    }
-    arrive(shared, KQ_FREE, Ring{}, lane_number());
-    arrive(shared, ITEM_FREE, items, lane_number());
-    ++item_count;
-  }
-  if (thread_number() == 0) stores_wait();
-}
-
-// --- keys: dk
-
-template <typename T, bool FIRST>
-__device__ __forceinline__ void multiply_block(float (&read)[64], float (&written)[64], SharedMemory& shared,
-                                               const Ring& blocks) {
-  wait_full(shared, BLOCK_FULL, blocks);
-  const Block& block = shared.blocks[blocks.stage];
-  wgmma_fence();
-  multiply<T, FIRST, 1>(read, shared_address(block.dv), shared_address(block.s));
-  multiply<T, FIRST, 1>(written, shared_address(block.r), shared_address(block.ds));
-  wgmma_commit();
-  wgmma_wait<0>();
-  accumulators_ready(read);
-  accumulators_ready(written);
-  arrive(shared, BLOCK_FREE, blocks, lane_number());
-}
-
-// dk += -e^gam .* x + e^(gam_C - gam) beta .* y, where x = dv S^T, y = R dS^T. Row dots of both with k go to `sums`.
-template <typename T>
-__device__ __forceinline__ void add_read_and_written(float (&dk)[64], const float (&x)[64], const float (&y)[64],
-                                                     SharedMemory& shared, const ChunkVectors& vectors, Sums& sums,
-                                                     int warp) {
-  const Lane lane(warp);
-  const int row = lane.row;
-  const float r0 = -vectors.rise[row], r1 = -vectors.rise[row + 8];
-  const float w0 = vectors.end[row] * vectors.beta[row], w1 = vectors.end[row + 8] * vectors.beta[row + 8];
-  float read0 = 0.0f, read1 = 0.0f, written0 = 0.0f, written1 = 0.0f;
-#pragma unroll
-  for (int b = 0; b < 8; ++b) {
-    uint32_t k[4];
-    load_matrices(k, shared_address(shared.k) + (b / 4) * TILE + lane.at(warp, b % 4));
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float2 k0 = unpack<T>(k[2 * h]), k1 = unpack<T>(k[2 * h + 1]);
-      const float* u = x + 8 * b + 4 * h;
-      const float* v = y + 8 * b + 4 * h;
-      float* d = dk + 8 * b + 4 * h;
-      read0 = fmaf(k0.x, u[0], fmaf(k0.y, u[1], read0));
-      read1 = fmaf(k1.x, u[2], fmaf(k1.y, u[3], read1));
-      written0 = fmaf(k0.x, v[0], fmaf(k0.y, v[1], written0));
-      written1 = fmaf(k1.x, v[2], fmaf(k1.y, v[3], written1));
-      d[0] = fmaf(r0, u[0], fmaf(w0, v[0], d[0]));
-      d[1] = fmaf(r0, u[1], fmaf(w0, v[1], d[1]));
-      d[2] = fmaf(r1, u[2], fmaf(w1, v[2], d[2]));
-      d[3] = fmaf(r1, u[3], fmaf(w1, v[3], d[3]));
     }
   }
-  read0 = sum_row(read0);
-  read1 = sum_row(read1);
-  written0 = sum_row(written0);
-  written1 = sum_row(written1);
-  if (lane.column == 0) {
-    sums.read[1][row] = read0 * (r0 * vectors.key[row]);
-    sums.read[1][row + 8] = read1 * (r1 * vectors.key[row + 8]);
-    sums.written[row] = written0 * (w0 * vectors.key[row]);
-    sums.written[row + 8] = written1 * (w1 * vectors.key[row + 8]);
-  }
-}
-
-// dk += dP^T Q + W K of a value head, once its tiles are there.
-template <typename T>
-__device__ __forceinline__ void add_triangles(float (&dk)[64], SharedMemory& shared, const Ring& tiles) {
-  wait_full(shared, TILES_FULL, tiles);
-  wgmma_fence();
-  multiply<T, false, 1>(dk, shared_address(shared.dp), shared_address(shared.q));
-  multiply<T, false, 1>(dk, shared_address(shared.w), shared_address(shared.k));
-  wgmma_commit();
-  wgmma_wait<0>();
-  accumulators_ready(dk);
-  arrive(shared, TILES_FREE, tiles, lane_number());
-}
-
-// The triangles of a value head are added after the first products of the next one: the tensor cores have those to do while
-// the queries' warpgroup makes the triangles.
-template <typename T>
-__device__ __forceinline__ void run_keys(const GradientParameters& p, SharedMemory& shared, int warp) {
-  uint32_t item_count = 0, head_count = 0, block_count = 0;  // so far
-  const int group = p.scratch.value_heads / p.heads;
-  float dk[64];
-  while (true) {
-    const Ring items = ring_at<ITEMS>(item_count), keys = ring_at<1>(item_count);
-    wait_full(shared, ITEM_FULL, items);
-    const Item& item = shared.items[items.stage];  // read again where needed: registers are short
-    if (item.slot < 0) break;
-#pragma unroll
-    for (int i = 0; i < 64; ++i) dk[i] = 0.0f;
-    float f0 = 1.0f, f1 = 1.0f;
-    for (int i = 0; i < group; ++i) {
-      float read[64], written[64];
-      multiply_block<T, true>(read, written, shared, ring_at<STAGES>(block_count++));
-      for (int b = 1; b < p.scratch.value_blocks; ++b) {
-        multiply_block<T, false>(read, written, shared, ring_at<STAGES>(block_count++));
-      }
-      if (i > 0) add_triangles<T>(dk, shared, ring_at<1>(head_count - 1));
-
-      const Ring heads = ring_at<HEADS>(head_count++);
-      if (i == 0) wait_full(shared, KQ_FULL, keys);
-      wait_full(shared, VECTORS_FULL, heads);
-      wait_free(shared, SUMS_FREE, heads);
-      const ChunkVectors& vectors = shared.vectors[heads.stage];
-      add_read_and_written<T>(dk, read, written, shared, vectors, shared.sums[heads.stage], warp);
-      const Lane lane(warp);
-      f0 = vectors.key[lane.row];
-      f1 = vectors.key[lane.row + 8];
-      arrive(shared, VECTORS_FREE, heads, lane_number());
-      arrive_each(shared, SUMS_FULL, heads);
-      if (i == 0 && thread_number() == 0) {  // the dk of the item before has left
-        stores_wait_read<0>();
-        barrier_arrive(barrier_address(shared, PRODUCTS_FREE, 0));
-      }
-    }
-    add_triangles<T>(dk, shared, ring_at<1>(head_count - 1));
-
-    if (p.has_dk != 0) {
-      if (p.l2norm != 0) differentiate_norm<T>(dk, shared_address(shared.k), f0, f1, Lane(warp));
-      // The queries' warpgroup has read its K K^T: the last tiles came after that.
-      store_gradient<T>(p.dk, dk, shared_address(shared.kk), KEYS_BARRIER, place(p, item), item.head, Lane(warp));
-    }
-    arrive(shared, KQ_FREE, Ring{}, lane_number());
-    arrive(shared, ITEM_FREE, items, lane_number());
-    ++item_count;
-  }
-  if (thread_number() == 0) stores_wait();
 }
 
 }  // namespace gradients
@@ -509,10 +461,9 @@ __global__ void __launch_bounds__(gradients::THREADS, 1) gradients_kernel(const 
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 % 4, 0), lane = static_cast<int>(threadIdx.x) % 32;
 
   if (threadIdx.x == 0) {
-    constexpr int queries = 4, keys = 4, both = queries + keys, states = 2, gates = 1;  // warps
+    constexpr int rows = 8, triangles = 4, states = 2, gates = 1, all = rows + triangles + states + gates;  // warps
     const int arrivals[BARRIERS] = {
-        1,    both + states + gates, 1,          both, 1, both + states, 1, both + gates, queries,
-        keys, 32 * (both + states),  32 * gates, 1};
+        1, all, 1, rows + triangles, 1, all - gates, 1, all - states, triangles, rows, 32 * (all - gates), 32 * gates, 2};
     init_barriers(shared, arrivals);
   }
   if (p.has_do == 0) {
@@ -520,8 +471,11 @@ __global__ void __launch_bounds__(gradients::THREADS, 1) gradients_kernel(const 
       uint8_t* tile = shared.blocks[i / (TILE / 16)].do_;
       reinterpret_cast<uint4*>(tile)[i % (TILE / 16)] = make_uint4(0, 0, 0, 0);
     }
-    fence_async_shared();
   }
+  for (int i = static_cast<int>(threadIdx.x); i < TILE / 16; i += THREADS) {
+    reinterpret_cast<uint4*>(shared.dp)[i] = reinterpret_cast<uint4*>(shared.dp_transposed)[i] = make_uint4(0, 0, 0, 0);
+  }
+  fence_async_shared();
   __syncthreads();
   wait_for_earlier_kernels();
 
@@ -534,12 +488,12 @@ __global__ void __launch_bounds__(gradients::THREADS, 1) gradients_kernel(const 
     } else if (lane == 0) {
       load(p, shared);
     }
-  } else if (warpgroup == 1) {
-    more_registers<CONSUMER_REGISTERS>();
-    run_queries<T>(p, shared, warp);
+  } else if (warpgroup == 3) {
+    more_registers<TRIANGLES_REGISTERS>();
+    run_triangles<T>(p, shared, warp);
   } else {
-    more_registers<CONSUMER_REGISTERS>();
-    run_keys<T>(p, shared, warp);
+    more_registers<ROWS_REGISTERS>();
+    run_rows<T>(p, shared, static_cast<Side>(warpgroup - 1), warp);
   }
 }
 

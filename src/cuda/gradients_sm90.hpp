@@ -18,7 +18,7 @@ struct GradientParameters {
   // Sums over each chunk's tokens for the gradients of A_log and dt_bias, null unless the gates are raw.
   float2* gate_sums;         // [slots, HV]
   const ChunkPlace* chunks;  // [slots]
-  Scratch scratch;           // vectors, s, ds, r, dv, dbeta are read
+  Scratch scratch;           // vectors, s, ds, r, dv are read
   int slots, heads;
   int l2norm;
   float scale;

@@ -1,4 +1,4 @@
-// What the kernel of gradients_sm90.cuh has in shared memory, and what its two warpgroups do with tiles: products, the
+// What the kernel of gradients_sm90.cuh has in shared memory, and what its warpgroups do with tiles: products, the
 // triangles dP and X of a chunk with all that follows from them, the end of dq and dk.
 #pragma once
 
@@ -6,11 +6,11 @@
 
 namespace flashdelta::cuda::gradients {
 
-constexpr int THREADS = 384;
+constexpr int THREADS = 512;
 constexpr int STAGES = 2, HEADS = 2, ITEMS = 2;  // of the rings
-// Registers per thread. Together at most 504: what 384 threads are launched with.
-constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
-static_assert(PRODUCER_REGISTERS + 2 * CONSUMER_REGISTERS <= 504);
+// Registers per thread, together at most 512.
+constexpr int PRODUCER_REGISTERS = 40, ROWS_REGISTERS = 168, TRIANGLES_REGISTERS = 136;
+static_assert(PRODUCER_REGISTERS + 2 * ROWS_REGISTERS + TRIANGLES_REGISTERS <= 512);
 
 struct Item {
   int slot;  // -1: no more
@@ -19,25 +19,26 @@ struct Item {
   ChunkPlace place;
 };
 
-// Barriers, each with its phase bit per stage. Who arrives -> who waits:
+// Barriers, each with its phase bit per stage; "rows": the warpgroups of queries and of keys. Who arrives -> who waits:
 enum Barrier {
   ITEM_FULL,      // loads -> all other warps
   ITEM_FREE,      // all other warps -> loads
-  KQ_FULL,        // copy engine -> queries, keys
-  KQ_FREE,        // queries, keys -> loads
-  BLOCK_FULL,     // copy engine -> queries, keys, states
-  BLOCK_FREE,     // queries, keys, states -> loads
-  VECTORS_FULL,   // copy engine -> queries, keys, gates
-  VECTORS_FREE,   // queries, keys, gates -> loads
-  TILES_FULL,     // queries -> keys
-  TILES_FREE,     // keys -> queries
-  SUMS_FULL,      // each thread of queries, keys, states -> gates
-  SUMS_FREE,      // each thread of gates -> queries, keys, states
-  PRODUCTS_FREE,  // keys -> queries: their dk has left the space of K K^T
+  KQ_FULL,        // copy engine -> rows, triangles
+  KQ_FREE,        // rows, triangles -> loads
+  BLOCK_FULL,     // copy engine -> rows, triangles, states
+  BLOCK_FREE,     // rows, triangles, states -> loads
+  VECTORS_FULL,   // copy engine -> rows, triangles, gates
+  VECTORS_FREE,   // rows, triangles, gates -> loads
+  TILES_FULL,     // triangles -> rows
+  TILES_FREE,     // rows -> triangles
+  SUMS_FULL,      // each thread of rows, triangles, states -> gates
+  SUMS_FREE,      // each thread of gates -> rows, triangles, states
+  PRODUCTS_FREE,  // rows -> triangles: their dq and dk have left the space of the products
   BARRIERS
 };
 
-constexpr int QUERIES_BARRIER = 1, KEYS_BARRIER = 2;  // named ones
+// Rows of dq or of dk: which of both a warpgroup makes. Its named barrier is the next number.
+enum Side { OF_QUERIES, OF_KEYS };
 
 // What 64 values of a chunk bring.
 struct Block {
@@ -46,11 +47,13 @@ struct Block {
 };
 constexpr int BLOCK_BYTES = sizeof(Block);
 
-// What a value head's tokens give to dg and dbeta.
+// What a value head's tokens give to dg and dbeta. The decays, the scale and the l2 norms are in it, beta is not.
 struct Sums {
-  float read[2][CHUNK];       // terms of a_i from rows: of queries, of keys
-  float column[2][4][CHUNK];  // sums over rows 16 w.. of dP .* Q K^T below the diagonal, and of X .* K K^T
-  float written[CHUNK];       // w_j
+  float read[2][CHUNK];       // <q_i, do_i S^T>, -<k_i, dv_i S^T>
+  float written[CHUNK];       // <k_i, R_i dS^T>
+  float row[CHUNK];           // sums over columns below the diagonal of beta_j (dP_ij q_i.k_j / beta_j - X_ij k_i.k_j)
+  float column[2][4][CHUNK];  // sums over rows 16 w.. below the diagonal of dP_ij q_i.k_j / beta_j, and of X_ij k_i.k_j
+  float diagonal[CHUNK];      // dP_ii q_i.k_i / beta_i
   float own[CHUNK];           // <dv_i, R_i>
   float overlap[CHUNK];       // sum over j of (k_i.k_j)^2, j = i left out
   float state[2];             // <dS, S>: even and odd pieces of the tiles
@@ -61,10 +64,12 @@ struct alignas(1024) SharedMemory {
   uint8_t k[CHUNK * KEYS * 2];  // two halves of 64 columns
   uint8_t q[CHUNK * KEYS * 2];
   Block blocks[STAGES];
-  // K K^T and Q K^T of the item with their l2 norms, each thread's accumulators by themselves; then dk and dq.
-  float4 kk[8][128], qk[8][128];
-  uint8_t w[TILE];   // E |k_j|^-1 below the diagonal, its mirror image with |k_i|^-1 above
-  uint8_t dp[TILE];  // dP^T |q_i|^-1
+  // scale Q K^T and K K^T of the item with their l2 norms, each thread's accumulators by themselves; then dq and dk.
+  float4 products[2][8][128];
+  // The triangles as operands, their left sides. Above dP's diagonal zeros stay from the start.
+  uint8_t dp[TILE];             // of dq = dP K: dP |k_j|^-1
+  uint8_t dp_transposed[TILE];  // of dk = dP^T Q: dP^T |q_i|^-1
+  uint8_t w[TILE];              // of dk = W K: E |k_j|^-1 below the diagonal, its mirror image with |k_i|^-1 above
   ChunkVectors vectors[HEADS];
   Sums sums[HEADS];
   Item items[ITEMS];
@@ -88,8 +93,8 @@ template <typename T, bool FIRST, int TRANSPOSED_B, int COUNT>
 __device__ __forceinline__ void multiply(float (&d)[COUNT], uint32_t a, uint32_t b) {
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    const uint64_t x = matrix_descriptor(a + k * 32, 16);
-    const uint64_t y = TRANSPOSED_B ? matrix_descriptor(b + k * 2048, TILE) : matrix_descriptor(b + k * 32, 16);
+    const uint64_t x = advance(matrix_descriptor(a, 16), k * 32);
+    const uint64_t y = advance(matrix_descriptor(b, TRANSPOSED_B ? TILE : 16), k * (TRANSPOSED_B ? 2048 : 32));
     if (FIRST && k == 0) {
       wgmma<T, true, 0, TRANSPOSED_B>(d, x, y);
     } else {
@@ -184,44 +189,55 @@ __device__ __forceinline__ void store_gradient(const CUtensorMap& map, const flo
 
 // --- the triangles
 
-// Q K^T and K K^T of an item below the diagonal, times the l2 norms of both sides. Returns its rows' Sums::overlap.
+// scale Q K^T and K K^T of an item, times the l2 norms of both sides. Returns its rows' Sums::overlap.
 template <typename T>
-__device__ __forceinline__ float2 make_products(SharedMemory& shared, const ChunkVectors& vectors, int warp) {
-  const uint32_t k = shared_address(shared.k), q = shared_address(shared.q);
-  float qk[32], kk[32];
-  wgmma_fence();
-  multiply<T, true, 0>(qk, q, k);
-  multiply<T, false, 0>(qk, q + TILE, k + TILE);
-  multiply<T, true, 0>(kk, k, k);
-  multiply<T, false, 0>(kk, k + TILE, k + TILE);
-  wgmma_commit();
-  wgmma_wait<0>();
-  accumulators_ready(qk);
-  accumulators_ready(kk);
-  const Lane lane(warp);
-  const float query[2] = {vectors.query[lane.row], vectors.query[lane.row + 8]};
-  const float key[2] = {vectors.key[lane.row], vectors.key[lane.row + 8]};
-  float overlap[2] = {0.0f, 0.0f};
+__device__ __forceinline__ float2 make_products(SharedMemory& shared, const ChunkVectors& vectors, float scale, int warp) {
+  const uint32_t k = shared_address(shared.k);
+  float overlap[2];
+#pragma unroll 1
+  for (int side = 0; side < 2; ++side) {
+    const uint32_t rows = side == OF_QUERIES ? shared_address(shared.q) : k;
+    float x[32];
+    wgmma_fence();
+    multiply<T, true, 0>(x, rows, k);
+    multiply<T, false, 0>(x, rows + TILE, k + TILE);
+    wgmma_commit();
+    const Lane lane(warp);
+    const float* norms = side == OF_QUERIES ? vectors.query : vectors.key;
+    const float factor = side == OF_QUERIES ? scale : 1.0f;
+    const float norm[2] = {factor * norms[lane.row], factor * norms[lane.row + 8]};
+    float2 keys[8];
 #pragma unroll
-  for (int n = 0; n < 8; ++n) {
-    const float2 c = *reinterpret_cast<const float2*>(&vectors.key[8 * n + lane.column]);
-    float x[4], y[4];
+    for (int n = 0; n < 8; ++n) keys[n] = *reinterpret_cast<const float2*>(&vectors.key[8 * n + lane.column]);
+    wgmma_wait<0>();
+    accumulators_ready(x);
+    overlap[0] = overlap[1] = 0.0f;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int right = 8 * n + lane.column + (i & 1) - lane.row - 8 * (i / 2);  // of the diagonal
-      const float key_j = (i & 1) == 0 ? c.x : c.y;
-      x[i] = right < 0 ? qk[4 * n + i] * (query[i / 2] * key_j) : 0.0f;
-      y[i] = right != 0 ? kk[4 * n + i] * (key[i / 2] * key_j) : 0.0f;
-      overlap[i / 2] = fmaf(y[i], y[i], overlap[i / 2]);
-      y[i] = right < 0 ? y[i] : 0.0f;
+    for (int n = 0; n < 8; ++n) {
+      const float2 key = keys[n];
+      float* y = x + 4 * n;
+      y[0] *= norm[0] * key.x;
+      y[1] *= norm[0] * key.y;
+      y[2] *= norm[1] * key.x;
+      y[3] *= norm[1] * key.y;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) overlap[i / 2] = fmaf(y[i], y[i], overlap[i / 2]);
+      shared.products[side][n][thread_number()] = make_float4(y[0], y[1], y[2], y[3]);
     }
-    shared.qk[n][thread_number()] = make_float4(x[0], x[1], x[2], x[3]);
-    shared.kk[n][thread_number()] = make_float4(y[0], y[1], y[2], y[3]);
+  }
+  const Lane lane(warp);
+  if (lane.column == (lane.row & 6)) {  // the thread has the diagonal of both its rows
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const auto* y = reinterpret_cast<const float*>(&shared.products[OF_KEYS][2 * warp + r][thread_number()]);
+      const float own = y[2 * r + (lane.row & 1)];
+      overlap[r] -= own * own;
+    }
   }
   return make_float2(sum_row(overlap[0]), sum_row(overlap[1]));
 }
 
-// Sums over the warp's 16 rows of four columns of dP .* Q K^T and of X .* K K^T: v[2 n + e] and v[4 + 2 n + e] for column
+// Sums over the warp's 16 rows of four columns of two matrices: v[2 n + e] and v[4 + 2 n + e] for column
 // 8 n + `column` + e. Of the eight sums each lane returns one: the halves of what lanes hold are exchanged three times.
 __device__ __forceinline__ float sum_columns(const float (&v)[8], int lane) {
   const bool second = (lane & 16) != 0, right = (lane & 8) != 0, odd = (lane & 4) != 0;
@@ -235,17 +251,19 @@ __device__ __forceinline__ float sum_columns(const float (&v)[8], int lane) {
   return (odd ? y[1] : y[0]) + __shfl_xor_sync(~0u, odd ? y[0] : y[1], 4);
 }
 
-// A block of 16 columns of the triangles; DIAGONAL: of the warp's own rows. See make_triangles.
-template <typename T, bool DIAGONAL>
-__device__ __forceinline__ void make_triangles_block(uint32_t* a, uint32_t (&dp_row)[4], float (&sum)[2], const float* dr,
-                                                     const float* xr, SharedMemory& shared, const ChunkVectors& vectors,
-                                                     Sums& sums, float scale, int b, int warp) {
+// Block `b` of 16 columns of the triangles from the first eight of dr and xr. See make_triangles.
+template <typename T>
+__device__ __forceinline__ void make_triangles_block(float (&sum)[2], const float (&dr)[32], const float (&xr)[32],
+                                                     SharedMemory& shared, const ChunkVectors& vectors, Sums& sums,
+                                                     float scale, int b, int warp) {
   const Lane lane(warp);
   const int row = lane.row;
+  const bool diagonal = b == warp;  // the block of the warp's own rows
   const float g[2] = {vectors.gam[row], vectors.gam[row + 8]};
-  const float query[2] = {vectors.query[row], vectors.query[row + 8]};
+  const float query[2] = {scale * vectors.query[row], scale * vectors.query[row + 8]};
   const float key[2] = {vectors.key[row], vectors.key[row + 8]};
-  uint32_t e_row[4], e_column[4];  // E |k_i|^-1, E |k_j|^-1
+  uint32_t dp_row[4], dp_column[4];  // dP |q_i|^-1, dP |k_j|^-1
+  uint32_t e_row[4], e_column[4];    // E |k_i|^-1, E |k_j|^-1
   float columns[8];
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
@@ -253,24 +271,25 @@ __device__ __forceinline__ void make_triangles_block(uint32_t* a, uint32_t (&dp_
     const float2 gam_ = *reinterpret_cast<const float2*>(&vectors.gam[j]);
     const float2 beta_ = *reinterpret_cast<const float2*>(&vectors.beta[j]);
     const float2 key_ = *reinterpret_cast<const float2*>(&vectors.key[j]);
-    const float4 qk_ = shared.qk[2 * b + n][thread_number()], kk_ = shared.kk[2 * b + n][thread_number()];
-    const float gam[2] = {gam_.x, gam_.y}, beta[2] = {beta_.x, beta_.y}, key_j[2] = {key_.x, key_.y};
+    const float4 qk_ = shared.products[OF_QUERIES][2 * b + n][thread_number()];
+    const float4 kk_ = shared.products[OF_KEYS][2 * b + n][thread_number()];
+    const float gam[2] = {gam_.x, gam_.y}, beta[2] = {beta_.x, beta_.y};
+    const float key_j[2] = {beta_.x * key_.x, beta_.y * key_.y};
     const float qk[4] = {qk_.x, qk_.y, qk_.z, qk_.w}, kk[4] = {kk_.x, kk_.y, kk_.z, kk_.w};
     float dp_k[4], dp_q[4], e_i[4], e_j[4], m[4], z[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int c = i & 1, r = i / 2, right = j + c - row - 8 * r;  // of the diagonal
+      const int c = i & 1, r = i / 2, right = 8 * (n - r) + lane.column + c - (row & 7);  // of the diagonal, if in its block
       const float decay = exp2_fast(g[r] - gam[c]);
-      const float dp = dr[4 * n + i] * (DIAGONAL && right > 0 ? 0.0f : decay) * (scale * beta[c]);
-      const float x = xr[4 * n + i] * (DIAGONAL && right >= 0 ? 0.0f : decay);
-      const float e = -(x * beta[c]);
-      m[i] = dp * qk[i];
+      const float p = diagonal && right > 0 ? 0.0f : dr[4 * n + i] * decay;  // dP / (scale beta_j)
+      const float x = diagonal && right >= 0 ? 0.0f : xr[4 * n + i] * decay;
+      m[i] = p * (diagonal && right == 0 ? 0.0f : qk[i]);
       z[i] = x * kk[i];
-      sum[r] = fmaf(-beta[c], z[i], sum[r] + m[i]);
-      dp_k[i] = dp * key_j[c];
-      dp_q[i] = dp * query[r];
-      e_i[i] = e * key[r];
-      e_j[i] = e * key_j[c];
+      sum[r] = fmaf(beta[c], m[i] - z[i], sum[r]);
+      dp_q[i] = p * beta[c] * query[r];
+      dp_k[i] = p * (scale * key_j[c]);
+      e_i[i] = -(x * beta[c]) * key[r];
+      e_j[i] = -x * key_j[c];
     }
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
@@ -279,21 +298,25 @@ __device__ __forceinline__ void make_triangles_block(uint32_t* a, uint32_t (&dp_
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      a[2 * n + r] = pack<T>(dp_k[2 * r], dp_k[2 * r + 1]);
       dp_row[2 * n + r] = pack<T>(dp_q[2 * r], dp_q[2 * r + 1]);
+      dp_column[2 * n + r] = pack<T>(dp_k[2 * r], dp_k[2 * r + 1]);
       e_row[2 * n + r] = pack<T>(e_i[2 * r], e_i[2 * r + 1]);
       e_column[2 * n + r] = pack<T>(e_j[2 * r], e_j[2 * r + 1]);
+    }
+    if (diagonal && lane.column == (row & 6)) {  // the thread has the diagonal of both its rows
+      const bool odd = (row & 1) != 0;
+      sums.own[row + 8 * n] = odd ? xr[4 * n + 2 * n + 1] : xr[4 * n + 2 * n];
+      sums.diagonal[row + 8 * n] = odd ? dr[4 * n + 2 * n + 1] * qk[2 * n + 1] : dr[4 * n + 2 * n] * qk[2 * n];
     }
   }
   const float column = sum_columns(columns, lane.lane);
   sums.column[lane.lane >> 4][warp][16 * b + (lane.lane & 8) + lane.column + ((lane.lane >> 2) & 1)] = column;
+  store_matrices(shared_address(shared.dp) + lane.at(warp, b), dp_column[0], dp_column[1], dp_column[2], dp_column[3]);
+  store_matrices_transposed(shared_address(shared.dp_transposed) + lane.at_transposed(b, warp), dp_row[0], dp_row[1],
+                            dp_row[2], dp_row[3]);
   const uint32_t w = shared_address(shared.w);
-  if constexpr (DIAGONAL) {
-    if (lane.column == (row & 6)) {  // the thread has the diagonal of both its rows
-      sums.own[row] = (row & 1) == 0 ? xr[0] : xr[1];
-      sums.own[row + 8] = (row & 1) == 0 ? xr[6] : xr[7];
-    }
-    // Both halves of the diagonal block: E below, its mirror image (through memory) above.
+  if (diagonal) {
+    // Both halves of the block: E below, its mirror image (through memory) above.
     uint32_t mirrored[4];
     store_matrices(w + lane.at(b, b), e_row[0], e_row[1], e_row[2], e_row[3]);
     __syncwarp();
@@ -310,25 +333,27 @@ __device__ __forceinline__ void make_triangles_block(uint32_t* a, uint32_t (&dp_
   store_matrices(w + lane.at(warp, b), e_column[0], e_column[1], e_column[2], e_column[3]);
 }
 
-// dP, X and E from do R^T and dv R^T. Leaves dP |k_j|^-1 as operand `a`, the tiles W and dP^T, sums over columns; adds up
-// the thread's part of its rows of dP .* Q K^T + E .* K K^T, the diagonal left out (there it cancels).
+// dP, X and E from dr = do R^T and xr = dv R^T, which are used up. Leaves the operands dP, dP^T and W and the sums. One
+// code for all blocks of 16 columns: registers have no index, so dr and xr move on from block to block.
 template <typename T>
-__device__ __forceinline__ void make_triangles(uint32_t (&a)[16], float (&sum)[2], const float (&dr)[32],
-                                               const float (&xr)[32], SharedMemory& shared, const ChunkVectors& vectors,
-                                               Sums& sums, float scale, int warp) {
+__device__ __forceinline__ void make_triangles(float (&dr)[32], float (&xr)[32], SharedMemory& shared,
+                                               const ChunkVectors& vectors, Sums& sums, float scale, int warp) {
+  float sum[2] = {0.0f, 0.0f};
+#pragma unroll 1
+  for (int b = 0; b <= warp; ++b) {
+    make_triangles_block<T>(sum, dr, xr, shared, vectors, sums, scale, b, warp);
 #pragma unroll
-  for (int b = 0; b < 4; ++b) {
-    uint32_t dp_row[4] = {};  // dP |q_i|^-1
-    if (b < warp) {
-      make_triangles_block<T, false>(a + 4 * b, dp_row, sum, dr + 8 * b, xr + 8 * b, shared, vectors, sums, scale, b, warp);
-    } else if (b == warp) {
-      make_triangles_block<T, true>(a + 4 * b, dp_row, sum, dr + 8 * b, xr + 8 * b, shared, vectors, sums, scale, b, warp);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) a[4 * b + i] = 0;
+    for (int i = 0; i < 24; ++i) {
+      dr[i] = dr[i + 8];
+      xr[i] = xr[i + 8];
     }
-    store_matrices_transposed(shared_address(shared.dp) + Lane(warp).at_transposed(b, warp), dp_row[0], dp_row[1], dp_row[2],
-                              dp_row[3]);
+  }
+  const Lane lane(warp);
+  sum[0] = sum_row(sum[0]);
+  sum[1] = sum_row(sum[1]);
+  if (lane.column == 0) {
+    sums.row[lane.row] = sum[0];
+    sums.row[lane.row + 8] = sum[1];
   }
 }
 
