@@ -79,7 +79,7 @@ def gpu_blocks(result: dict[str, Any], pictures: list[str]) -> dict[str, str]:
 
     def block(tables: list[report_gpu.Table], images: str) -> str:
         parts = ["\n\n".join(x for x in (f"**{t['title']}**", table(t), t.get("note", "")) if x) for t in tables]
-        parts += [f"![time against tokens]({images}/{picture})" for picture in pictures]
+        parts += [f"![{report_gpu.PICTURES[picture]}]({images}/{picture})" for picture in pictures]
         return "\n\n".join([*parts, report_gpu.facts(result)])
 
     return {"README.md": block(short, "docs"), "docs/benchmarks.md": block(long, ".")}
@@ -99,7 +99,7 @@ def main(root: Path = ROOT) -> int:
     check = parser.parse_args().check
     results = {path: json.loads(path.read_text()) for path in sorted((root / "bench/results").glob("*.json"))}
     gpu = next((results.pop(path) for path in list(results) if path.name == GPU_RESULT), None)
-    pictures = ["h200_tokens.svg"]
+    pictures = list(report_gpu.PICTURES)
     if gpu is None:
         print(f"report: bench/results/{GPU_RESULT} is not there: the pages keep what they say of the GPU")
     if not check:

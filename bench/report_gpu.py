@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,17 @@ GRID_LENGTHS = (
     *("1x32768", "1x16384", "1x8192", "1x4096", "1x2048", "28672+4096", "2x16384", "4096+28672", "6144+2048", "1024+7168"),
     *("4x8192", "8x4096", "4x2048", "8x1024"),
 )
+PUBLISHED_HEADS, PUBLISHED_TOKENS = ((16, 32), (8, 16), (4, 8), (2, 4)), (8192, 32768)  # of FlashQLA's backward benchmark
 ALLOWED = 1.05  # times the best peer's error
+TRAINED = {
+    "float32": "PyTorch, float32",
+    "noise": "PyTorch, float32, from weights rounded to bf16",
+    "bfloat16": "PyTorch, bf16, the rule in float32",
+    "flashdelta": "flashdelta, bf16",
+}
+SMOOTH = 20  # steps of a mean in the plot of losses
+TIMES, LOSSES = "h200_tokens.svg", "h200_training.svg"
+PICTURES = {TIMES: "time against tokens", LOSSES: "losses of 200 steps of training"}
 PLOT_HEADS = ((2, 8), (16, 32), (16, 64))
 Table = dict[str, Any]  # title, columns, rows, and optionally note: what bench/report.py prints
 
@@ -165,13 +176,70 @@ def _errors(measured: Measured) -> Table | None:
 
 
 def _memory(measured: Measured) -> Table | None:
-    name = "backward/16/32/1x32768"
+    row = "backward/16/32/1x32768"
     candidates = {"flashdelta": "flashdelta", "flash_qla": "FlashQLA", "fla": "FLA"}
-    lines = [[label, measured.counter(f"{name}/{c}", "peak_MB")] for c, label in candidates.items()]
+    lines = [[label, measured.counter(f"memory/{row}/{c}", "peak_MB")] for c, label in candidates.items()]
     lines = [line for line in lines if line[1] is not None]
-    note = "Peak of what PyTorch allocated beyond the inputs in one forward for training and its backward, results included."
-    title = "Memory, 32,768 tokens, 16/32 heads"
+    note = (
+        "Peak of what PyTorch allocated beyond the inputs in one forward for training and its backward; the output, the final "
+        "state and all gradients count."
+    )
+    title = "Memory of one layer's forward and backward, 32,768 tokens, 16/32 heads"
     return {"title": title, "columns": ["kernel", "peak MB"], "rows": lines, "note": note} if lines else None
+
+
+def _both(measured: Measured) -> Table | None:
+    """Forward for training and backward together."""
+    lines: list[list[Any]] = []
+    for row in row_list.rows():
+        if row.operation == "training_forward":
+            shape = row.name.removeprefix("training_forward/")
+            ours = [measured.ours(f"{part}/{shape}") for part in ("training_forward", "backward")]
+            peers = [measured.peers(f"{part}/{shape}") for part in ("training_forward", "backward")]
+            sums = [peers[0][p] + peers[1][p] if p in peers[0] and p in peers[1] else None for p in ("flash_qla", "fla")]
+            if None not in ours:
+                total = sum(ms for ms in ours if ms is not None)
+                best = min((ms for ms in sums if ms is not None), default=None)
+                lines.append([shape, total, *sums, None if best is None else best / total])
+    columns = ["heads, lengths", "flashdelta ms", "FlashQLA ms", "FLA ms", "ratio"]
+    return {"title": "Forward for training and backward together", "columns": columns, "rows": lines} if lines else None
+
+
+def _stress(measured: Measured) -> Table | None:
+    lines: list[list[Any]] = []
+    for operation in ("forward", "backward", "step"):
+        entry = measured.entries.get(f"stress/cuda/{operation}")
+        if entry is not None:
+            lines.append([operation, *(entry[c] for c in ("iterations", "alone", "compared", "seed")), entry.get("commit")])
+    columns = ["operation", "batches", "a sequence also alone", "compared with the CPU", "seed", "commit"]
+    note = (
+        "Random batches in a row (tests/stress), lengths 0 to 3,000, all types and options: each run twice with the same bits, "
+        "nothing written outside the outputs, everything finite, no hang."
+    )
+    return {"title": "Stress", "columns": columns, "rows": lines, "note": note} if lines else None
+
+
+def _runs(measured: Measured) -> dict[str, list[dict[str, Any]]]:
+    """The training runs of each path, one per seed."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, entry in measured.entries.items():
+        if name.startswith("training/"):
+            found.setdefault(name.split("/")[1], []).append(entry)
+    return found
+
+
+def _training(measured: Measured) -> Table | None:
+    runs, lines = _runs(measured), list[list[Any]]()
+    for path, label in TRAINED.items():
+        for seed, entry in enumerate(runs.get(path, [])):
+            last = statistics.mean(entry["loss"][-SMOOTH:])
+            lines.append(
+                [label, seed, f"{last:.3f}", f"{entry['held_out']:.3f}", f"{entry['apart']:.4f}", entry["real_time"] / 1e3]
+            )
+    columns = ["path", "seed", f"loss, last {SMOOTH} steps", "held out", "largest distance to float32", "step ms"]
+    about = next(iter(runs.values()))[0]["model"] if runs else ""
+    note = f"The model of `examples/train_lm.py` ({about}), losses in bits per byte; distances are those of means of {SMOOTH} steps."
+    return {"title": "Training", "columns": columns, "rows": lines, "note": note} if lines else None
 
 
 def _host(measured: Measured) -> Table | None:
@@ -191,6 +259,7 @@ def tables(result: dict[str, Any]) -> tuple[list[Table], list[Table]]:
     listed = row_list.rows()
     forward = [row for row in listed if row.operation == "forward"]
     backward = [row for row in listed if row.operation == "backward"]
+    published = [row for row in backward if (row.H, row.HV) in PUBLISHED_HEADS and row.tokens in PUBLISHED_TOKENS]
     goals = [row for row in forward if row.must_ms is not None]
     others = [row for row in forward if row.must_ms is None]
     grid_names = {f"forward/{heads}/{lengths}" for heads in GRID_HEADS for lengths in GRID_LENGTHS}
@@ -206,10 +275,13 @@ def tables(result: dict[str, Any]) -> tuple[list[Table], list[Table]]:
         _table("Forward, all other rows", measured, others),
         _modes(measured, goals),
         _steps(measured, [row for row in listed if row.operation == "step"]),
-        _table("Backward", measured, backward, _summary(measured, backward, "Backward")),
+        _table("Backward", measured, backward, _summary(measured, published, "The 32 rows of FlashQLA's benchmark")),
         _table("Forward for training", measured, [row for row in listed if row.operation == "training_forward"]),
+        _both(measured),
         _errors(measured),
         _memory(measured),
+        _training(measured),
+        _stress(measured),
         _host(measured),
     ]
     return [t for t in (first,) if t is not None], [t for t in found if t is not None]
@@ -231,14 +303,42 @@ def facts(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], folder: Path) -> list[str]:
-    """Time against tokens of one sequence, one picture per head configuration; the names of the files."""
+    """Writes the pictures of what was measured; the names of the files."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "flashdelta"  # the same picture from the same numbers
+    measured = Measured(result)
+    return [*_plot_times(measured, folder), *_plot_losses(measured, folder)]
+
+
+def _plot_losses(measured: Measured, folder: Path) -> list[str]:
+    """Losses of the training runs, smoothed, one picture per seed."""
     from matplotlib import pyplot
 
-    measured = Measured(result)
+    runs = _runs(measured)
+    if not runs:
+        return []
+    seeds = max(len(entries) for entries in runs.values())
+    figure, all_axes = pyplot.subplots(1, seeds, figsize=(4 * seeds, 3.5), layout="constrained", squeeze=False, sharey=True)
+    for path, label in TRAINED.items():
+        for axes, entry in zip(all_axes[0], runs.get(path, []), strict=False):
+            curve, width = entry["loss"], min(SMOOTH, len(entry["loss"]))
+            smoothed = [statistics.mean(curve[i : i + width]) for i in range(len(curve) - width + 1)]
+            axes.plot(range(width, len(curve) + 1), smoothed, linewidth=1, label=label)
+    for seed, axes in enumerate(all_axes[0]):
+        axes.set(xlabel="step", title=f"seed {seed}")
+    all_axes[0][0].set_ylabel(f"bits per byte, mean of {SMOOTH} steps")
+    all_axes[0][0].legend(fontsize=7)
+    figure.savefig(folder / LOSSES, metadata={"Date": None})
+    pyplot.close(figure)
+    return [LOSSES]
+
+
+def _plot_times(measured: Measured, folder: Path) -> list[str]:
+    """Time against tokens of one sequence, a part of the picture per head configuration."""
+    from matplotlib import pyplot
+
     single = {
         (row.H, row.HV, row.tokens): row.name
         for row in row_list.rows()
@@ -259,6 +359,6 @@ def plot(result: dict[str, Any], folder: Path) -> list[str]:
         axes.set(xscale="log", yscale="log", xlabel="tokens of one sequence", ylabel="ms", title=f"{H}/{HV} heads")
     if drawn:
         max(all_axes, key=lambda axes: len(axes.lines)).legend(fontsize=7)
-        figure.savefig(folder / "h200_tokens.svg", metadata={"Date": None})
+        figure.savefig(folder / TIMES, metadata={"Date": None})
     pyplot.close(figure)
-    return ["h200_tokens.svg"] if drawn else []
+    return [TIMES] if drawn else []

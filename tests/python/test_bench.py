@@ -235,6 +235,24 @@ def test_report_writes_the_gpu_tables(site: Path, monkeypatch: pytest.MonkeyPatc
         entry("errors/random/bfloat16/fla", us=0.0, o=0.004, final_state=0.0038),
         entry("errors/random/bfloat16/flash_qla", us=0.0, o=0.005, final_state=0.003),
         entry("errors/random/bfloat16/flashdelta", us=0.0, o=0.0042, final_state=0.0032),
+        entry("memory/backward/16/32/1x32768/flashdelta", us=0.0, peak_MB=1000.0),
+        entry("memory/backward/16/32/1x32768/flash_qla", us=0.0, peak_MB=1500.0),
+        entry("training_forward/16/32/1x32768/flashdelta", us=500.0),
+        entry("training_forward/16/32/1x32768/flash_qla", us=1200.0),
+        entry("backward/16/32/1x32768/flashdelta", us=1500.0),
+        entry("backward/16/32/1x32768/flash_qla", us=2400.0),
+        entry("stress/cuda/forward", iterations=10000, alone=3000, compared=625, seed=1, commit="abc"),
+        *(
+            entry(
+                f"training/{path}/0",
+                us=9000.0,
+                loss=[8.0 - 0.1 * i for i in range(40)],
+                held_out=4.5,
+                apart=0.01,
+                model="small",
+            )
+            for path in training.PATHS
+        ),
         *single,
     ]
     context = {"gpu": "NVIDIA H200", "commit": "abc", "date": "today", "commands": ["one", "two"], "flashdelta": "0.1.0"}
@@ -248,7 +266,15 @@ def test_report_writes_the_gpu_tables(site: Path, monkeypatch: pytest.MonkeyPatc
     assert "| random, bfloat16 | FLA | 4.00e-03 | 3.80e-03 |" in page
     assert "| random, bfloat16 | flashdelta | 4.20e-03 | 3.20e-03 (above) |" in page
     assert "2 of 126 rows have a peer's time, 2 are faster than every peer; geometric mean" in page
+    assert (
+        "1 of 32 rows have a peer's time, 1 are faster than every peer; geometric mean of the ratio to the fastest" in page
+    )
+    assert "| FlashQLA | 1,500 |" in page
+    assert "| 16/32/1x32768 | 2 | 3.6 |  | 1.8 |" in page
+    assert "| forward | 10000 | 3000 | 625 | 1 | abc |" in page
+    assert "| flashdelta, bf16 | 0 | 5.050 | 4.500 | 0.0100 | 9 |" in page
     assert "(./h200_tokens.svg)" in page
+    assert "(./h200_training.svg)" in page
     assert "16/64/4x8192" in readme
     assert "NVIDIA H200" in readme
     assert "random, bfloat16" not in readme
