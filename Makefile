@@ -32,7 +32,7 @@ all: build/.setup-build
 	@tools/build.sh release -DFLASHDELTA_TESTS=OFF -DFLASHDELTA_CUDA=$(CUDA)
 
 demo: all
-	$(PY) examples/train_lm.py
+	$(PY) examples/train_lm.py $(DEMO)
 
 test: build/.setup-test
 	@tools/test.sh

@@ -5,18 +5,18 @@
 # Usage: tools/gpu.sh [options]
 #   --prebuilt PACK     programs of tools/gpu_pack.sh (the file or the unpacked folder) instead of building here
 #   --steps A,B,...     only these; by default all: info smoke step forward others cpu python memcheck racecheck synccheck initcheck
-#                       stress bench errors compare
+#                       stress demo training bench memory errors compare
 #   --seconds S         for all steps together (default 3600): a step starts only if time is left, and ends in time
 #   --out DIR           logs and results (default build/gpu-out)
 #   --archive FILE      also packs DIR into FILE (.tar.xz) after every step, for machines that are lost at the end
-#   --stress S          seconds of the stress program (default 120)
+#   --stress F,B,S      batches of forward, backward and step in the stress program (default 10000,2000,2000)
 #   --compare 'ARGS'    more arguments of bench/compare.py (its --seconds is set here)
 #   --filter REGEX      rows of the benchmarks (default: all)
 # PYTHON: the interpreter with torch (default python3). Peers for `compare` and `errors`: bench/peers.sh unpacks them.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
-prebuilt="" seconds=3600 out=build/gpu-out archive="" stress=120 compare="" filter=.
-steps=info,smoke,step,forward,others,cpu,python,memcheck,racecheck,synccheck,initcheck,stress,bench,errors,compare
+prebuilt="" seconds=3600 out=build/gpu-out archive="" stress=10000,2000,2000 compare="" filter=.
+steps=info,smoke,step,forward,others,cpu,python,memcheck,racecheck,synccheck,initcheck,stress,demo,training,bench,memory,errors,compare
 while [ $# -gt 0 ]; do
   case $1 in
     --help | -h) sed -n '2,/^set /p' "$0" | grep '^#' | cut -c3-; exit 0 ;;
@@ -117,12 +117,20 @@ run_synccheck() { sanitizer synccheck; }
 run_initcheck() { sanitizer initcheck; }
 # Each operation by itself: one that is wrong ends its own run.
 run_stress() {
-  local status=0
-  for operation in forward backward step; do
-    program stress --device cuda --operations $operation --seconds $((stress / 3)) || status=1
+  local status=0 batches=(${stress//,/ }) operations=(forward backward step)
+  for i in 0 1 2; do
+    [ "${batches[i]:-0}" -gt 0 ] || continue
+    program stress --device cuda --operations "${operations[i]}" --batches "${batches[i]}" --seconds "$1" \
+      --output "$out/stress-${operations[i]}.json" --commit "$FLASHDELTA_COMMIT" || status=1
   done
   return $status
 }
+# `make demo` without its build: the library is there.
+run_demo() {
+  mkdir -p build/release && cp "$FLASHDELTA_LIBRARY" build/release/ && make -o all demo PYTHON="$python" DEMO="--seconds 20"
+}
+run_training() { "$python" bench/training.py --output "$out/training.json" --seconds $(($1 / 2)); }
+run_memory() { "$python" bench/compare.py memory --output "$out/memory.json"; }
 # Each operation in a process of its own: an error of the device in one leaves the others.
 run_bench() {
   local status=0
@@ -139,7 +147,7 @@ run_compare() {
 run_errors() { "$python" bench/compare.py errors --output "$out/errors.json" --seconds $(($1 - 15)); }
 
 declare -A limits=([info]=60 [smoke]=60 [step]=180 [forward]=240 [others]=240 [cpu]=240 [python]=240 [memcheck]=240 [racecheck]=240
-  [synccheck]=240 [initcheck]=240 [stress]=$((stress + 45)) [bench]=300 [compare]=3600 [errors]=300)
+  [synccheck]=240 [initcheck]=240 [stress]=300 [demo]=90 [training]=180 [bench]=300 [memory]=120 [compare]=3600 [errors]=300)
 failed=0 table=""
 for step in ${steps//,/ }; do
   [ -n "${limits[$step]:-}" ] || { echo "gpu: no step $step"; exit 2; }
@@ -165,7 +173,7 @@ for step in ${steps//,/ }; do
       others) for test in "$traps"/gpu_[a-z]*_test; do [ "$test" = "$traps/gpu_forward_test" ] || explain_hang "$(basename "$test")"; done ;;
     esac >>"$log" 2>&1
   fi
-  said=$(grep -E '^\[  (PASSED|FAILED)  \] [0-9]+ test|batches in|ERROR SUMMARY|RACECHECK SUMMARY|[0-9]+ (passed|failed|skipped)|rows' "$log" |
+  said=$(grep -E '^\[  (PASSED|FAILED)  \] [0-9]+ test|batches in|ERROR SUMMARY|RACECHECK SUMMARY|[0-9]+ (passed|failed|skipped)|^held out|^training:|^memory/|rows' "$log" |
     tail -1 | cut -c1-70)
   line=$(printf '%-10s %-8s %4d s  %s' "$step" "$result" $((SECONDS - start)) "$said")
   echo "$line"
@@ -173,7 +181,7 @@ for step in ${steps//,/ }; do
   table+=$line$'\n'
   printf '%s' "$table" >"$out/summary.txt"
   if [ "$step" = smoke ] && [ "$result" != passed ]; then  # what builds on it gets less time
-    for later in forward others python stress bench; do limits[$later]=60; done
+    for later in forward others python stress demo training bench; do limits[$later]=60; done
   fi
   [ -z "$archive" ] || XZ_OPT=-1 tar cJf "$archive" -C "$out" .
 done
