@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from . import ops
+from . import _direct, _lib, ops
 from ._lib import BACKENDS as _BACKENDS
 from ._lib import Backend, backends, version
 
@@ -134,6 +134,7 @@ def _check_tensors(
 
 
 def _run(
+    asked: tuple[Any, ...],
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -150,6 +151,7 @@ def _run(
     options: tuple[Any, ...],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Choose the operator: forward_train if a gradient is needed, else step for few tokens, else forward."""
+    given = (q, k, v, g, beta, A_log, dt_bias, cu_seqlens, initial_state, initial_index)
     if q.dtype == torch.float32 or k.dtype == torch.float32 or v.dtype == torch.float32:
         q, k, v = _autocast(q, k, v)
     if initial_state is not None and initial_state.dtype == torch.float16:
@@ -172,10 +174,10 @@ def _run(
         )
     else:
         N = 1 if cu_seqlens is None else max(cu_seqlens.shape[0] - 1, 1)
-        operator = ops.step if q.shape[1] <= step_tokens * N else ops.forward
-        o, final_state = operator(
-            q, k, v, g, beta, A_log, dt_bias, cu_seqlens, initial_state, initial_index, output_final_state, *options
-        )
+        few = q.shape[1] <= step_tokens * N
+        inputs = (q, k, v, g, beta, A_log, dt_bias, cu_seqlens, initial_state, initial_index)
+        o, final_state = (ops.step if few else ops.forward)(*inputs, output_final_state, *options)
+        _direct.remember(asked, given, inputs, _lib.STEP if few else _lib.FORWARD, options, bool(output_final_state))
     return o, final_state if output_final_state else None
 
 
@@ -253,9 +255,13 @@ def chunk_gated_delta_rule(
                 raise ValueError("A_log is None; must be [HV] with use_gate_in_kernel=True")
     if cp_context is not None:
         raise ValueError("cp_context is given; must be None: sequences are not split over several devices")
+    usual = (scale, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first)
+    asked = ("chunk", output_final_state, *usual)
+    inputs = (q, k, v, g, beta, A_log, dt_bias, cu_seqlens, initial_state, None)
+    if (done := _direct.call(asked, inputs)) is not None:
+        return done
     _check_tensors(q, k, v, g, beta, A_log, dt_bias, cu_seqlens, initial_state)
-    options = _options(scale, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first)
-    return _run(q, k, v, g, beta, A_log, dt_bias, cu_seqlens, initial_state, None, output_final_state, False, -1, options)
+    return _run(asked, *inputs, output_final_state, False, -1, _options(*usual))
 
 
 def fused_recurrent_gated_delta_rule(
@@ -294,11 +300,13 @@ def fused_recurrent_gated_delta_rule(
         A_log = dt_bias = None
     elif A_log is None:
         raise ValueError("A_log is None; must be [HV] with use_gate_in_kernel=True")
+    usual = (scale, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first)
+    asked = ("fused_recurrent", output_final_state, *usual)
+    inputs = (q, k, v, g, beta, A_log, dt_bias, cu_seqlens, initial_state, None)
+    if (done := _direct.call(asked, inputs)) is not None:
+        return done
     _check_tensors(q, k, v, g, beta, A_log, dt_bias, cu_seqlens, initial_state)
-    options = _options(scale, use_qk_l2norm_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first)
-    return _run(
-        q, k, v, g, beta, A_log, dt_bias, cu_seqlens, initial_state, None, output_final_state, False, STEP_TOKENS, options
-    )
+    return _run(asked, *inputs, output_final_state, False, STEP_TOKENS, _options(*usual))
 
 
 chunk_gdn = chunk_gated_delta_rule
@@ -348,27 +356,16 @@ def forward(
 
     Returns, raises: as `chunk_gated_delta_rule`.
     """
-    _check_tensors(q, k, v, g, beta, A_log, dt_bias, cu_seqlens, None if initial_index is not None else initial_state)
-    options = _options(
+    wanted = (
         *(scale, qk_l2norm, beta_logit, allow_neg_eigval, state_v_first, context_parallel, l2norm_eps, context_bound),
         *(backend, workspace_limit),
     )
-    return _run(
-        q,
-        k,
-        v,
-        g,
-        beta,
-        A_log,
-        dt_bias,
-        cu_seqlens,
-        initial_state,
-        initial_index,
-        output_final_state,
-        recompute,
-        -1,
-        options,
-    )
+    asked = ("forward", output_final_state, *wanted)
+    inputs = (q, k, v, g, beta, A_log, dt_bias, cu_seqlens, initial_state, initial_index)
+    if (done := _direct.call(asked, inputs)) is not None:
+        return done
+    _check_tensors(q, k, v, g, beta, A_log, dt_bias, cu_seqlens, None if initial_index is not None else initial_state)
+    return _run(asked, *inputs, output_final_state, recompute, -1, _options(*wanted))
 
 
 def forward_(
@@ -411,16 +408,19 @@ def forward_(
     Returns:
         o [B, T, HV, V].
     """
+    wanted = (scale, qk_l2norm, beta_logit, allow_neg_eigval, state_v_first, context_parallel, l2norm_eps, context_bound)
+    asked = ("forward_", checkpoint_interval, *wanted, backend)
+    inputs = (q, k, v, g, beta, A_log, dt_bias, cu_seqlens, state if initial_state is None else initial_state, initial_index)
+    pools = (state, final_index, checkpoints, checkpoint_index)
+    if (done := _direct.call(asked, inputs, pools)) is not None:
+        return done[0]
     _check_tensors(q, k, v, g, beta, A_log, dt_bias, cu_seqlens, None)
-    options = _options(
-        scale, qk_l2norm, beta_logit, allow_neg_eigval, state_v_first, context_parallel, l2norm_eps, context_bound, backend
-    )
+    options = _options(*wanted, backend)
     q, k, v = _autocast(q, k, v)
-    o: torch.Tensor = ops.forward_(
-        *(q, k, v, g, beta, A_log, dt_bias, cu_seqlens, initial_state, initial_index, state, final_index),
-        *(checkpoints, checkpoint_index, checkpoint_interval),
-        *options,
-    )
+    others = (g, beta, A_log, dt_bias, cu_seqlens, initial_state, initial_index)
+    o: torch.Tensor = ops.forward_(q, k, v, *others, *pools, checkpoint_interval, *options)
+    all_options = ops.with_checkpoints(options, checkpoint_interval)
+    _direct.remember(asked, (*inputs, None, *pools), (q, k, v), _lib.FORWARD, all_options, False)
     return o
 
 
@@ -446,12 +446,16 @@ def step(
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A few tokens per sequence, one after another (decoding); arguments and results of `forward`. Not differentiable."""
+    usual = (scale, qk_l2norm, beta_logit, allow_neg_eigval, state_v_first)
+    asked = ("step", output_final_state, *usual, l2norm_eps, backend)
+    inputs = (q, k, v, g, beta, A_log, dt_bias, cu_seqlens, initial_state, initial_index)
+    if (done := _direct.call(asked, inputs)) is not None:
+        return done
     _check_tensors(q, k, v, g, beta, A_log, dt_bias, cu_seqlens, None if initial_index is not None else initial_state)
-    options = _options(scale, qk_l2norm, beta_logit, allow_neg_eigval, state_v_first, l2norm_eps=l2norm_eps, backend=backend)
+    options = _options(*usual, l2norm_eps=l2norm_eps, backend=backend)
     q, k, v = _autocast(q, k, v)
-    o, final_state = ops.step(
-        q, k, v, g, beta, A_log, dt_bias, cu_seqlens, initial_state, initial_index, output_final_state, *options
-    )
+    o, final_state = ops.step(q, k, v, *inputs[3:], output_final_state, *options)
+    _direct.remember(asked, inputs, (q, k, v), _lib.STEP, options, bool(output_final_state))
     return o, final_state if output_final_state else None
 
 
@@ -491,11 +495,16 @@ def step_(
     Returns:
         o [B, T, HV, V].
     """
+    usual = (scale, qk_l2norm, beta_logit, allow_neg_eigval, state_v_first)
+    asked = ("step_", *usual, l2norm_eps, backend)
+    inputs = (q, k, v, g, beta, A_log, dt_bias, cu_seqlens, state if initial_state is None else initial_state, initial_index)
+    pools = (state, final_index, accepted)
+    if (done := _direct.call(asked, inputs, pools)) is not None:
+        return done[0]
     _check_tensors(q, k, v, g, beta, A_log, dt_bias, cu_seqlens, None)
-    options = _options(scale, qk_l2norm, beta_logit, allow_neg_eigval, state_v_first, l2norm_eps=l2norm_eps, backend=backend)
+    options = _options(*usual, l2norm_eps=l2norm_eps, backend=backend)
     q, k, v = _autocast(q, k, v)
-    o: torch.Tensor = ops.step_(
-        *(q, k, v, g, beta, A_log, dt_bias, cu_seqlens, initial_state, initial_index, state, final_index, accepted),
-        *options,
-    )
+    others = (g, beta, A_log, dt_bias, cu_seqlens, initial_state, initial_index)
+    o: torch.Tensor = ops.step_(q, k, v, *others, *pools, *options)
+    _direct.remember(asked, (*inputs, None, *pools), (q, k, v), _lib.STEP, options, False)
     return o

@@ -18,7 +18,7 @@ from . import _lib
 
 Layout = tuple[torch.dtype, torch.Size, tuple[int, ...], int]
 
-_MAX_PLANS = 4096  # then all are dropped: a server with ever new lengths must not grow
+MAX_PLANS = 4096  # then all are dropped: a server with ever new lengths must not grow
 _plans: dict[Any, Plan] = {}
 
 _INPUTS = {
@@ -138,7 +138,7 @@ def find(operation: _lib.Operation, tensors: Sequence[Tensor | None], options: t
     plan = _plans.get(key)
     if plan is None:
         plan = Plan(operation, layouts, Options(*options), threads)
-        if len(_plans) >= _MAX_PLANS:
+        if len(_plans) >= MAX_PLANS:
             _plans.clear()
         _plans[key] = plan
     return plan

@@ -98,6 +98,11 @@ def _forward_train(
     return o, final_state, saved
 
 
+def with_checkpoints(options: tuple[Any, ...], interval: int) -> tuple[Any, ...]:
+    """The options of `forward_`, as the planner takes them."""
+    return (*Options(*options)[:-1], interval)
+
+
 def _forward_(
     q: Tensor,
     k: Tensor,
@@ -119,8 +124,7 @@ def _forward_(
     first = state if initial_state is None else initial_state
     inputs = (q, k, v, g, beta, A_log, dt_bias, cu_seqlens, first, initial_index)
     pools = (None, state, final_index, checkpoints, checkpoint_index)
-    all_options = (*Options(*options)[:-1], checkpoint_interval)
-    plan = _plan.find(_lib.FORWARD, (*inputs, *pools), all_options)
+    plan = _plan.find(_lib.FORWARD, (*inputs, *pools), with_checkpoints(options, checkpoint_interval))
     tensors = list(_plan.copied(_lib.FORWARD, plan, (*inputs, *pools)))
     o = tensors[10] = q.new_empty(plan.o_shape)
     _plan.run(plan, q, tensors)
