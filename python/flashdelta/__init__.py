@@ -45,7 +45,7 @@ _KEYWORDS = ("chunk_size", "head_first", "transpose_state_layout")
 
 def _autocast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Under autocast the fp32 ones of q, k and v become halves of one dtype; gates and states stay as they are."""
-    if not torch.is_autocast_enabled(q.device.type):
+    if q.device.type not in ("cpu", "cuda") or not torch.is_autocast_enabled(q.device.type):
         return q, k, v
     dtype = torch.get_autocast_dtype(q.device.type)
     for t in (v, k, q):
