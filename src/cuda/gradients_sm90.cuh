@@ -95,12 +95,8 @@ __device__ __forceinline__ void load(const GradientParameters& p, SharedMemory& 
 
 // --- states: <dS, S> of each value head; `turn`: of two warps
 
-template <typename T>
-__device__ __forceinline__ float dot(uint32_t x, uint32_t y, float sum) {
-  const float2 a = unpack<T>(x), b = unpack<T>(y);
-  return fmaf(a.x, b.x, fmaf(a.y, b.y, sum));
-}
-
+// The diagonal of dS^T S by blocks of 16 values, 16 keys at a time: each warp takes half of the keys. Half of the sums are
+// used; one by one on other units they take longer than everything else that a block of values waits for.
 template <typename T>
 __device__ __forceinline__ void sum_states(const GradientParameters& p, SharedMemory& shared, int turn, int lane) {
   Ring items, blocks, heads;
@@ -112,24 +108,26 @@ __device__ __forceinline__ void sum_states(const GradientParameters& p, SharedMe
     items.next<ITEMS>();
     if (!more) break;
     for (int i = 0; i < group; ++i) {
-      float total = 0.0f;
+      float upper[4] = {}, lower[4] = {};  // 8 of the 16 values each
       for (int b = 0; b < p.scratch.value_blocks; ++b) {
         wait_full(shared, BLOCK_FULL, blocks);
-        // Elements of the two tiles lie alike; the order of the sum is of no importance, but fixed.
-        const auto* s = reinterpret_cast<const uint4*>(shared.blocks[blocks.stage].s) + 32 * turn + lane;
-        const auto* ds = reinterpret_cast<const uint4*>(shared.blocks[blocks.stage].ds) + 32 * turn + lane;
-        float sum[2] = {0.0f, 0.0f};
+        const uint32_t s = shared_address(shared.blocks[blocks.stage].s) + turn * TILE;
+        const uint32_t ds = shared_address(shared.blocks[blocks.stage].ds) + turn * TILE;
 #pragma unroll 2
-        for (int j = 0; j < STATE_TILE / 16; j += 64) {
-          const uint4 x = s[j], y = ds[j];
-          sum[0] = dot<T>(x.x, y.x, dot<T>(x.y, y.y, sum[0]));
-          sum[1] = dot<T>(x.z, y.z, dot<T>(x.w, y.w, sum[1]));
+        for (int piece = 0; piece < 16; ++piece) {
+          const uint32_t at = Lane(0).at(piece / 4, piece % 4);
+          uint32_t x[4], y[4];
+          load_matrices(x, ds + at);
+          load_matrices(y, s + at);
+          mma<T>(upper, x, y[0], y[2]);
+          mma<T>(lower, x, y[1], y[3]);
         }
         arrive(shared, BLOCK_FREE, blocks, lane);
         blocks.next<STAGES>();
-        total += sum[0] + sum[1];
       }
-      total = warp_sum(total);
+      // Lanes with an element of the diagonal have one of each.
+      const int right = 2 * (lane & 3) - (lane >> 2);
+      const float total = warp_sum(right == 0 ? upper[0] + lower[2] : right == -1 ? upper[1] + lower[3] : 0.0f);
       wait_free(shared, SUMS_FREE, heads);
       if (lane == 0) shared.sums[heads.stage].state[turn] = total;
       arrive_each(shared, SUMS_FULL, heads);

@@ -314,7 +314,8 @@ void multiply(const float (&a)[16][16], const float (&b)[16][N], const emulation
   }
 }
 
-inline void mma_half(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+template <typename T>
+void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   struct Lane {
     const uint32_t* a;
     uint32_t b[2];
@@ -325,9 +326,9 @@ inline void mma_half(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
     emulation::Accumulators d;
     for (int l = 0; l < emulation::WARP; ++l) {
       const Lane& lane = *lanes[static_cast<std::size_t>(l)];
-      for (int i = 0; i < 4; ++i) unpack_fragment<__half>(a, l, i, lane.a[i]);
+      for (int i = 0; i < 4; ++i) unpack_fragment<T>(a, l, i, lane.a[i]);
       for (int i = 0; i < 2; ++i) {
-        const float2 pair = unpack<__half>(lane.b[i]);
+        const float2 pair = unpack<T>(lane.b[i]);
         b[8 * i + 2 * (l % 4)][l / 4] = pair.x;
         b[8 * i + 2 * (l % 4) + 1][l / 4] = pair.y;
       }
@@ -336,6 +337,7 @@ inline void mma_half(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
     multiply<8>(a, b, d, false);
   });
 }
+inline void mma_half(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { mma<__half>(d, a, b0, b1); }
 
 inline void wgmma_fence() { emulation::fence_multiplications(); }
 inline void wgmma_commit() { emulation::commit_multiplications(); }
