@@ -6,6 +6,7 @@
 #   --prebuilt PACK     programs of tools/gpu_pack.sh (the file or the unpacked folder) instead of building here
 #   --steps A,B,...     only these; by default all: info smoke step forward others cpu python memcheck racecheck synccheck initcheck
 #                       stress demo training bench memory errors compare
+#   --together yes      the steps at the same time, where nothing that is timed is among them
 #   --seconds S         for all steps together (default 3600): a step starts only if time is left, and ends in time
 #   --out DIR           logs and results (default build/gpu-out)
 #   --archive FILE      also packs DIR into FILE (.tar.xz) after every step, for machines that are lost at the end
@@ -15,13 +16,14 @@
 # PYTHON: the interpreter with torch (default python3). Peers for `compare` and `errors`: bench/peers.sh unpacks them.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
-prebuilt="" seconds=3600 out=build/gpu-out archive="" stress=10000,2000,2000 compare="" filter=.
+prebuilt="" together="" seconds=3600 out=build/gpu-out archive="" stress=10000,2000,2000 compare="" filter=.
 steps=info,smoke,step,forward,others,cpu,python,memcheck,racecheck,synccheck,initcheck,stress,demo,training,bench,memory,errors,compare
 while [ $# -gt 0 ]; do
   case $1 in
     --help | -h) sed -n '2,/^set /p' "$0" | grep '^#' | cut -c3-; exit 0 ;;
     --prebuilt) prebuilt=$2 ;;
     --steps) steps=$2 ;;
+    --together) together=$2 ;;
     --seconds) seconds=$2 ;;
     --out) out=$2 ;;
     --archive) archive=$2 ;;
@@ -96,13 +98,16 @@ run_smoke() { tests gpu_forward_test '*Small*/Tokens64*'; }
 run_step() { tests gpu_test; }
 run_forward() { tests gpu_forward_test; }
 run_others() {
-  local status=0 found=0
+  local status=0 shards=()
   for test in "$programs"/gpu*_test; do
     case $(basename "$test") in gpu_test | gpu_forward_test) continue ;; esac
-    found=1
-    tests "$(basename "$test")" || status=1
+    for shard in 0 1 2 3; do  # the reference takes the time, on one core each
+      GTEST_TOTAL_SHARDS=4 GTEST_SHARD_INDEX=$shard tests "$(basename "$test")" &
+      shards+=($!)
+    done
   done
-  [ $found = 1 ] || echo "no other GPU test is built"
+  [ ${#shards[@]} -gt 0 ] || echo "no other GPU test is built"
+  for shard in "${shards[@]}"; do wait "$shard" || status=1; done
   return $status
 }
 run_cpu() {
@@ -148,23 +153,13 @@ run_errors() { "$python" bench/compare.py errors --output "$out/errors.json" --s
 
 declare -A limits=([info]=60 [smoke]=60 [step]=180 [forward]=240 [others]=240 [cpu]=240 [python]=240 [memcheck]=240 [racecheck]=240
   [synccheck]=240 [initcheck]=240 [stress]=300 [demo]=90 [training]=180 [bench]=300 [memory]=120 [compare]=3600 [errors]=300)
-failed=0 table=""
-for step in ${steps//,/ }; do
-  [ -n "${limits[$step]:-}" ] || { echo "gpu: no step $step"; exit 2; }
-  left=$((seconds - SECONDS)) limit=${limits[$step]}
-  [ $limit -le $left ] || limit=$left
-  if [ $limit -lt 20 ]; then
-    table+=$(printf '%-10s %-8s' "$step" "no time")$'\n'
-    failed=$((failed + 1))
-    continue
-  fi
-  start=$SECONDS log=$out/$step.log
+# Runs a step and leaves the line that it gets in the table.
+perform() {
+  local step=$1 limit=$2 start=$SECONDS log=$out/$1.log result=passed
   # In a process group of its own, so that nothing of it lives on.
-  export -f program sanitizer explain_hang tests "run_$step"
-  export pack programs traps python out filter stress compare
   timeout -k 5 "$limit" bash -c "run_$step $limit" >"$log" 2>&1
-  status=$?
-  [ $status = 0 ] && result=passed || { result=FAILED; failed=$((failed + 1)); }
+  local status=$?
+  [ $status = 0 ] || result=FAILED
   if [ $status = 124 ] || [ $status = 137 ]; then
     result="TIMEOUT"
     case $step in
@@ -173,17 +168,37 @@ for step in ${steps//,/ }; do
       others) for test in "$traps"/gpu_[a-z]*_test; do [ "$test" = "$traps/gpu_forward_test" ] || explain_hang "$(basename "$test")"; done ;;
     esac >>"$log" 2>&1
   fi
+  local said
   said=$(grep -E '^\[  (PASSED|FAILED)  \] [0-9]+ test|batches in|ERROR SUMMARY|RACECHECK SUMMARY|[0-9]+ (passed|failed|skipped)|^held out|^training:|^memory/|rows' "$log" |
     tail -1 | cut -c1-70)
-  line=$(printf '%-10s %-8s %4d s  %s' "$step" "$result" $((SECONDS - start)) "$said")
-  echo "$line"
+  printf '%-10s %-8s %4d s  %s\n' "$step" "$result" $((SECONDS - start)) "$said" >"$out/$step.line"
+  cat "$out/$step.line"
   [ "$result" = passed ] || tail -n 15 "$log" | cut -c1-180 | sed 's/^/    /'
-  table+=$line$'\n'
-  printf '%s' "$table" >"$out/summary.txt"
-  if [ "$step" = smoke ] && [ "$result" != passed ]; then  # what builds on it gets less time
+}
+
+rm -f "$out"/*.line
+export -f program sanitizer explain_hang tests
+export pack programs traps python out filter stress compare
+for step in ${steps//,/ }; do
+  [ -n "${limits[$step]:-}" ] || { echo "gpu: no step $step"; exit 2; }
+  export -f "run_$step"
+  left=$((seconds - SECONDS)) limit=${limits[$step]}
+  [ $limit -le $left ] || limit=$left
+  if [ $limit -lt 20 ]; then
+    printf '%-10s %-8s\n' "$step" "no time" >"$out/$step.line"
+  elif [ -n "$together" ]; then
+    perform "$step" "$limit" &
+  else
+    perform "$step" "$limit"
+  fi
+  if [ "$step" = smoke ] && [ -z "$together" ] && ! grep -q passed "$out/smoke.line"; then  # what builds on it gets less time
     for later in forward others python stress demo training bench; do limits[$later]=60; done
   fi
-  [ -z "$archive" ] || XZ_OPT=-1 tar cJf "$archive" -C "$out" .
+  [ -z "$archive" ] || [ -n "$together" ] || XZ_OPT=-1 tar cJf "$archive" -C "$out" .
 done
-printf '\n%s%d of the steps failed or had no time, %d s\n' "$table" $failed $SECONDS
-[ $failed = 0 ]
+wait
+for step in ${steps//,/ }; do cat "$out/$step.line"; done >"$out/summary.txt"
+[ -z "$archive" ] || XZ_OPT=-1 tar cJf "$archive" -C "$out" .
+failed=$(grep -cv passed "$out/summary.txt")
+printf '\n%s\n%d of the steps failed or had no time, %d s\n' "$(cat "$out/summary.txt")" "$failed" $SECONDS
+[ "$failed" = 0 ]
