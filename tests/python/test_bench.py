@@ -15,6 +15,7 @@ import torch
 import candidates
 import compare
 import compare_errors
+import host_time
 import report
 import report_gpu
 import result_file
@@ -85,6 +86,21 @@ def test_speed_is_measured_and_continued(tmp_path: Path, capsys: pytest.CaptureF
     assert "forward/2/8/1x1024/flashdelta" in second
     assert compare.main([*command, "forward/2/8/1x2048", "--seconds", "-1"]) == 0
     assert "0 rows measured, 1 left for lack of time" in capsys.readouterr().out
+
+
+def test_host_times_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output, threads = tmp_path / "host_time.json", torch.get_num_threads()
+    try:
+        assert host_time.main(["--device", "cpu", "--output", str(output), "--processes", "1"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    entries = {entry["name"]: entry for entry in json.loads(output.read_text())["benchmarks"]}
+    assert len(entries) == len(capsys.readouterr().out.splitlines()) - 1
+    for entry in entries.values():
+        assert 0 < entry["p10_us"] <= entry["real_time"] <= entry["p90_us"]
+    forward = {name: entries[f"host/forward/1x512{name}"]["real_time"] for name in ("", "/key", "/allocation", "/pack")}
+    assert sum(forward.values()) < 2 * forward[""]
+    assert entries["host/first call/done"]["real_time"] >= entries["host/first call/returned"]["real_time"]
 
 
 def test_a_candidate_that_fails_is_a_result(tmp_path: Path) -> None:
