@@ -122,7 +122,8 @@ run_synccheck() { sanitizer synccheck; }
 run_initcheck() { sanitizer initcheck; }
 # Each operation by itself: one that is wrong ends its own run.
 run_stress() {
-  local status=0 batches=(${stress//,/ }) operations=(forward backward step)
+  local status=0 batches operations=(forward backward step)
+  IFS=, read -ra batches <<<"$stress"
   for i in 0 1 2; do
     [ "${batches[i]:-0}" -gt 0 ] || continue
     program stress --device cuda --operations "${operations[i]}" --batches "${batches[i]}" --seconds "$1" \
