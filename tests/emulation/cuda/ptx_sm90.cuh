@@ -28,6 +28,7 @@ namespace flashdelta::cuda {
 #define __launch_bounds__(...)
 
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
+inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline unsigned atomicAdd(unsigned* address, unsigned x) { return std::exchange(*address, *address + x); }
 inline unsigned atomicMax(unsigned* address, unsigned x) { return std::exchange(*address, *address < x ? x : *address); }
