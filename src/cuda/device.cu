@@ -1,7 +1,9 @@
+#include <algorithm>
 #include <array>
-#include <atomic>
 #include <cstdio>
 #include <mutex>
+#include <string>
+#include <vector>
 
 #include "cuda/device.hpp"
 
@@ -42,6 +44,35 @@ const Device* facts(int index, cudaError_t& error) {
   return error == cudaSuccess ? &entry.device : nullptr;
 }
 
+// Remembers, in each thread, which kernels may have how much shared memory on which device: opting in takes the driver as
+// long as a part of a launch.
+class OptIns {
+ public:
+  cudaError_t add(const void* kernel, std::size_t shared) {
+    int device = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error != cudaSuccess) return error;
+    const auto same = [&](const OptIn& known) { return known.kernel == kernel && known.device == device; };
+    const auto known = std::find_if(known_.begin(), known_.end(), same);
+    if (known != known_.end() && known->shared >= shared) return cudaSuccess;
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    if (error != cudaSuccess) return error;
+    if (known != known_.end()) known->shared = shared;
+    if (known == known_.end()) known_.push_back({kernel, device, shared});
+    return cudaSuccess;
+  }
+
+  void forget() { known_.clear(); }
+
+ private:
+  struct OptIn {
+    const void* kernel;
+    int device;
+    std::size_t shared;
+  };
+  std::vector<OptIn> known_;
+};
+
 }  // namespace
 
 const Device* current_device(cudaError_t& error) {
@@ -58,6 +89,9 @@ bool enter_context() {
 }
 
 std::string no_device(bool (*compiled_for)(int major, int minor), const char* wanted) {
+  // Each call asks, and devices do not go away: the first one that serves is remembered by who asked for it.
+  thread_local std::vector<bool (*)(int, int)> served;
+  if (std::find(served.begin(), served.end(), compiled_for) != served.end()) return "";
   int driver = 0, count = 0;
   cudaError_t error = cudaDriverGetVersion(&driver);
   if (error != cudaSuccess || driver == 0) {
@@ -83,7 +117,10 @@ std::string no_device(bool (*compiled_for)(int major, int minor), const char* wa
       seen = cudaGetErrorString(error);
       continue;
     }
-    if (compiled_for(device->major, device->minor)) return "";
+    if (compiled_for(device->major, device->minor)) {
+      served.push_back(compiled_for);
+      return "";
+    }
     seen = std::string(device->name) + " has compute capability " + std::to_string(device->major) + "." +
            std::to_string(device->minor);
   }
@@ -106,9 +143,10 @@ fd_status checked(cudaError_t error, const char* what) {
 
 fd_status launch(const void* kernel, const Launch& config, void** arguments, void* stream) {
   constexpr std::size_t SHARED_WITHOUT_OPT_IN = 48 * 1024;
-  if (config.shared > SHARED_WITHOUT_OPT_IN) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(config.shared));
+  thread_local OptIns opt_ins;
+  const bool large = config.shared > SHARED_WITHOUT_OPT_IN;
+  if (large) {
+    const cudaError_t error = opt_ins.add(kernel, config.shared);
     if (error != cudaSuccess) return checked(error, config.name);
   }
   cudaLaunchAttribute attributes[2] = {};
@@ -126,7 +164,14 @@ fd_status launch(const void* kernel, const Launch& config, void** arguments, voi
     attributes[launch.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[launch.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }
-  return checked(cudaLaunchKernelExC(&launch, kernel, arguments), config.name);
+  cudaError_t error = cudaLaunchKernelExC(&launch, kernel, arguments);
+  if (error == cudaErrorInvalidValue && large) {  // the device was reset, or has another context now: nobody opted in there
+    static_cast<void>(cudaGetLastError());
+    opt_ins.forget();
+    error = opt_ins.add(kernel, config.shared);
+    if (error == cudaSuccess) error = cudaLaunchKernelExC(&launch, kernel, arguments);
+  }
+  return checked(error, config.name);
 }
 
 }  // namespace flashdelta::cuda
