@@ -253,6 +253,20 @@ def _host(measured: Measured) -> Table | None:
     return {"title": title, "columns": columns, "rows": lines, "note": ""} if lines else None
 
 
+def _host_pieces(measured: Measured) -> Table | None:
+    lines = [
+        [name.removeprefix("host/"), entry["real_time"], *(entry.get(c) for c in ("p10_us", "p90_us", "after_wait_us"))]
+        for name, entry in measured.entries.items()
+        if name.startswith("host/")
+    ]
+    note = (
+        "`bench/host_time.py`: eager PyTorch calls with the device idle, their pieces, and the first call of a fresh process whose "
+        "CUDA context exists; `add_` is PyTorch's addition in place. After wait: single calls right after the host waited for the device."
+    )
+    columns = ["call", "median us", "p10 us", "p90 us", "after wait us"]
+    return {"title": "Host time of our calls", "columns": columns, "rows": lines, "note": note} if lines else None
+
+
 def tables(result: dict[str, Any]) -> tuple[list[Table], list[Table]]:
     """The README's tables and those of docs/benchmarks.md."""
     measured = Measured(result)
@@ -283,6 +297,7 @@ def tables(result: dict[str, Any]) -> tuple[list[Table], list[Table]]:
         _training(measured),
         _stress(measured),
         _host(measured),
+        _host_pieces(measured),
     ]
     return [t for t in (first,) if t is not None], [t for t in found if t is not None]
 

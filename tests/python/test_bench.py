@@ -257,6 +257,7 @@ def test_report_writes_the_gpu_tables(site: Path, monkeypatch: pytest.MonkeyPatc
         entry("training_forward/16/32/1x32768/flash_qla", us=1200.0),
         entry("backward/16/32/1x32768/flashdelta", us=1500.0),
         entry("backward/16/32/1x32768/flash_qla", us=2400.0),
+        entry("host/forward/1x512", us=14.0, p10_us=13.0, p90_us=15.5, after_wait_us=20.0),
         entry("stress/cuda/forward", iterations=10000, alone=3000, compared=625, seed=1, commit="abc"),
         *(
             entry(
@@ -286,6 +287,7 @@ def test_report_writes_the_gpu_tables(site: Path, monkeypatch: pytest.MonkeyPatc
         "1 of 32 rows have a peer's time, 1 are faster than every peer; geometric mean of the ratio to the fastest" in page
     )
     assert "| FlashQLA | 1,500 |" in page
+    assert "| forward/1x512 | 14 | 13 | 15.5 | 20 |" in page
     assert "| 16/32/1x32768 | 2 | 3.6 |  | 1.8 |" in page
     assert "| forward | 10000 | 3000 | 625 | 1 | abc |" in page
     assert "| flashdelta, bf16 | 0 | 5.050 | 4.500 | 0.0100 | 9 |" in page
