@@ -42,8 +42,12 @@ enum Barrier {
 template <int STATE>
 struct Shape {
   static constexpr int THREADS = 128 * (1 + STATE);
-  static constexpr int CHUNKS = 4, OUTPUTS = STATE == 1 ? 2 : 1, ITEMS = 2;  // stages
+  static constexpr int CHUNKS = STATE == 1 ? 4 : 3, OUTPUTS = 2, ITEMS = 2;  // stages
 };
+
+// Registers per thread of blocks with two state warpgroups, which are launched with 168 each.
+constexpr int PRODUCER_REGISTERS = 40, STATE_REGISTERS = 232;
+static_assert(PRODUCER_REGISTERS + 2 * STATE_REGISTERS <= 504);
 
 // What one chunk needs.
 template <int STATE>
@@ -191,7 +195,7 @@ template <typename T, int STATE, bool TILES>
 __device__ __forceinline__ void run_state(const StatesParameters& p, SharedMemory<STATE>& shared, int turn, int warp,
                                           int lane) {
   using S = Shape<STATE>;
-  Ring ring, outputs, items;
+  Ring ring, outputs, previous, items;
   const int column = 2 * (lane & 3), value = 16 * warp + (lane >> 2);
   // The lane's row and 16-byte block in a transposing load or store of 16 tokens x 16 values, and in a plain store of 16
   // values x 16 keys.
@@ -208,9 +212,10 @@ __device__ __forceinline__ void run_state(const StatesParameters& p, SharedMemor
     for (int i = 0; i < 32; ++i) a[i] = pack<T>(s[2 * i], s[2 * i + 1]);
 
     const int chunks = item.chunks;
-    for (int c = 0; c < chunks; ++c) {
+    bool chunk_full = false, started = false;
+    for (int c = 0; c < chunks; ++c, started = true) {
       float u[32];
-      wait_full(shared, CHUNK_FULL, ring);
+      if (!chunk_full) wait_full(shared, CHUNK_FULL, ring);
       Stage<STATE>& stage = shared.chunks[ring.stage];
       const ChunkVectors& vectors = shared.vectors[ring.stage];
       const uint32_t tile_k = shared_address(stage.k), tile_t = shared_address(stage.t);
@@ -218,7 +223,7 @@ __device__ __forceinline__ void run_state(const StatesParameters& p, SharedMemor
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 8; ++k) {
-        const uint64_t b = matrix_descriptor(tile_k + (k / 4) * TILE + (k % 4) * 32, 16);
+        const uint64_t b = advance(matrix_descriptor(tile_k, 16), (k / 4) * TILE + (k % 4) * 32);
         if (k == 0) {
           wgmma<T, true, 0>(u, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3], b);
         } else {
@@ -234,32 +239,33 @@ __device__ __forceinline__ void run_state(const StatesParameters& p, SharedMemor
           store_matrices(image + (k / 4) * TILE + swizzled(image_row, 2 * (k % 4) + image_block), a[4 * k], a[4 * k + 1],
                          a[4 * k + 2], a[4 * k + 3]);
         }
-        fence_async_shared();
-        arrive(shared, S_FULL, outputs, lane);
       }
+      // What follows the product is loaded while it runs.
+      float2 read[8];
+      uint32_t v[4][4];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const float2 rise = *reinterpret_cast<const float2*>(&vectors.rise[8 * j + column]);
+        const float2 key = *reinterpret_cast<const float2*>(&vectors.key[8 * j + column]);
+        read[j] = {rise.x * key.x, rise.y * key.y};
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) load_matrices_transposed(v[i], tile_v + swizzled(16 * i + token, block));
       wgmma_wait<0>();
       accumulators_ready(u);
       uint32_t x[16];  // V - e^gam U
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        uint32_t v[4];
-        load_matrices_transposed(v, tile_v + swizzled(16 * i + token, block));
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int t = 16 * i + 8 * h + column;
-          const float2 rise = *reinterpret_cast<const float2*>(&vectors.rise[t]);
-          const float2 key = *reinterpret_cast<const float2*>(&vectors.key[t]);
-          const float2 f = {rise.x * key.x, rise.y * key.y};
-          const float2 v0 = unpack<T>(v[2 * h]), v1 = unpack<T>(v[2 * h + 1]);
-          const float* y = u + 8 * i + 4 * h;
-          x[4 * i + 2 * h] = pack<T>(v0.x - f.x * y[0], v0.y - f.y * y[1]);
-          x[4 * i + 2 * h + 1] = pack<T>(v1.x - f.x * y[2], v1.y - f.y * y[3]);
-        }
+      for (int j = 0; j < 8; ++j) {
+        const float2 f = read[j], v0 = unpack<T>(v[j / 2][2 * (j & 1)]), v1 = unpack<T>(v[j / 2][2 * (j & 1) + 1]);
+        const float* y = u + 4 * j;
+        x[2 * j] = pack<T>(v0.x - f.x * y[0], v0.y - f.y * y[1]);
+        x[2 * j + 1] = pack<T>(v1.x - f.x * y[2], v1.y - f.y * y[3]);
       }
+      computed(x);
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const uint64_t b = matrix_descriptor(tile_t + k * 2048, 8192);
+        const uint64_t b = advance(matrix_descriptor(tile_t, TILE), k * 2048);
         if (k == 0) {
           wgmma<T, true, 1>(u, x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3], b);
         } else {
@@ -267,28 +273,43 @@ __device__ __forceinline__ void run_state(const StatesParameters& p, SharedMemor
         }
       }
       wgmma_commit();
+      if constexpr (TILES) {
+        // For S and for R of the chunk before: long after they were stored, the fence takes no time.
+        fence_async_shared();
+        arrive(shared, S_FULL, outputs, lane);
+        if (started) arrive(shared, R_FULL, previous, lane);
+      }
+      Ring next = ring;
+      next.template next<S::CHUNKS>();
+      chunk_full = c + 1 < chunks && is_full(shared, CHUNK_FULL, next);
       // Here and not beside U: there ptxas would wait for U first.
       const float decay = vectors.rise[CHUNK - 1];
 #pragma unroll
       for (int i = 0; i < 64; ++i) s[i] *= decay;
-      wgmma_wait<0>();
-      accumulators_ready(u);
-      uint32_t w[16];  // V' decayed to the chunk's end
+      accumulators_ready(s);
+      float2 write[8];
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const int t = 8 * j + column;
         const float2 beta = *reinterpret_cast<const float2*>(&vectors.beta[t]);
         const float2 end = *reinterpret_cast<const float2*>(&vectors.end[t]);
         const float2 key = *reinterpret_cast<const float2*>(&vectors.key[t]);
-        const float2 f = {beta.x * end.x * key.x, beta.y * end.y * key.y};
-        w[2 * j] = pack<T>(f.x * u[4 * j], f.y * u[4 * j + 1]);
-        w[2 * j + 1] = pack<T>(f.x * u[4 * j + 2], f.y * u[4 * j + 3]);
+        write[j] = {beta.x * end.x * key.x, beta.y * end.y * key.y};
       }
+      wgmma_wait<0>();
+      accumulators_ready(u);
+      uint32_t w[16];  // V' decayed to the chunk's end
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        w[2 * j] = pack<T>(write[j].x * u[4 * j], write[j].y * u[4 * j + 1]);
+        w[2 * j + 1] = pack<T>(write[j].x * u[4 * j + 2], write[j].y * u[4 * j + 3]);
+      }
+      computed(w);
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         wgmma<T, false, 1>(s, w[4 * k], w[4 * k + 1], w[4 * k + 2], w[4 * k + 3],
-                           matrix_descriptor(tile_k + k * 2048, 8192));
+                           advance(matrix_descriptor(tile_k, TILE), k * 2048));
       }
       wgmma_commit();
       if constexpr (TILES) {
@@ -300,22 +321,28 @@ __device__ __forceinline__ void run_state(const StatesParameters& p, SharedMemor
           store_matrices_transposed(image + swizzled(16 * i + token, block), pack<T>(y[0], y[1]), pack<T>(y[2], y[3]),
                                     pack<T>(y[4], y[5]), pack<T>(y[6], y[7]));
         }
-        fence_async_shared();
-        arrive(shared, R_FULL, outputs, lane);
+        previous = outputs;
         outputs.next<S::OUTPUTS>();
       }
       wgmma_wait<0>();
       accumulators_ready(s);
       arrive(shared, CHUNK_FREE, ring, lane);
-      ring.next<S::CHUNKS>();
+      ring = next;
 #pragma unroll
       for (int i = 0; i < 32; ++i) a[i] = pack<T>(s[2 * i], s[2 * i + 1]);
+      computed(a);
 
       const int done = (item.first_chunk + c + 1) * CHUNK;
-      if (p.save != nullptr && done < item.tokens && done % SEGMENT == 0) {
+      if (p.save != nullptr && done < item.tokens && done % SEGMENT == 0) [[unlikely]] {
         const int64_t state =
             saved_row(item.batch * p.sequences.T + item.begin + done) * p.scratch.value_heads + item.value_head;
         store_state(p.save + (state * p.scratch.value_blocks + item.block + turn) * STATE_BLOCK, s, value, column);
+      }
+    }
+    if constexpr (TILES) {
+      if (started) {
+        fence_async_shared();
+        arrive(shared, R_FULL, previous, lane);
       }
     }
     if (p.outcomes != nullptr) {
@@ -353,6 +380,7 @@ __global__ void __launch_bounds__(Shape<STATE>::THREADS, 1) states_kernel(const 
   wait_for_earlier_kernels();
 
   if (warpgroup == 0) {
+    if constexpr (STATE == 2) fewer_registers<PRODUCER_REGISTERS>();
     if (warp == 0) {
       if (lane == 0) load_chunks(p, shared);
     } else if (TILES && warp == 1) {
@@ -361,6 +389,7 @@ __global__ void __launch_bounds__(Shape<STATE>::THREADS, 1) states_kernel(const 
       store_tiles<STATE, TILE>(p, shared, shared.r, p.scratch.r, R_FULL, R_FREE, lane);
     }
   } else {
+    if constexpr (STATE == 2) more_registers<STATE_REGISTERS>();
     run_state<T, STATE, TILES>(p, shared, warpgroup - 1, warp, lane);
   }
 }
