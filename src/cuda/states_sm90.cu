@@ -282,11 +282,18 @@ __device__ __forceinline__ void run_state(const StatesParameters& p, SharedMemor
       Ring next = ring;
       next.template next<S::CHUNKS>();
       chunk_full = c + 1 < chunks && is_full(shared, CHUNK_FULL, next);
-      // Here and not beside U: there ptxas would wait for U first.
+      // Here and not beside U: there ptxas would wait for U first. A wait that is hardly one comes in between, since within
+      // a block of code ptxas would move the products behind that for T's.
       const float decay = vectors.rise[CHUNK - 1];
 #pragma unroll
       for (int i = 0; i < 64; ++i) s[i] *= decay;
       accumulators_ready(s);
+      if constexpr (TILES) {
+        wait_free(shared, R_FREE, outputs);
+      } else if (!chunk_full && c + 1 < chunks) {
+        wait_full(shared, CHUNK_FULL, next);
+        chunk_full = true;
+      }
       float2 write[8];
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
@@ -313,7 +320,6 @@ __device__ __forceinline__ void run_state(const StatesParameters& p, SharedMemor
       }
       wgmma_commit();
       if constexpr (TILES) {
-        wait_free(shared, R_FREE, outputs);
         const uint32_t image = shared_address(shared.r[outputs.stage]) + turn * TILE;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
