@@ -161,6 +161,8 @@ __device__ __forceinline__ void store_outputs(const ForwardParameters& p, Shared
   for (Item item = take_item(shared, items, lane); item.sequence >= 0; item = take_item(shared, items, lane)) {
     for (int c = item.first; lane == 0 && c < item.end; ++c) {
       wait_full(shared, O_FULL, ring);
+      // Here for all that wrote the tile: each of them would wait for it.
+      fence_async_shared(shared_address(shared.o[ring.stage]), sizeof(shared.o[ring.stage]));
       const Place at = place(p, item, c * CHUNK);
 #pragma unroll
       for (int w = 0; w < STATE; ++w) {
@@ -261,7 +263,7 @@ __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemo
   using S = Shape<STATE>;
   uint32_t count = 0, item_count = 0;  // chunks and items so far
   const int column = 2 * (lane & 3);
-  const bool v_first = p.state_v_first != 0;
+  const bool v_first = p.state_v_first != 0, keeps_states = p.checkpoint_interval != 0 || p.saved != nullptr;
   // The lane's row and 16-byte block in a transposing load or store of 16 tokens x 16 values.
   const int token = (lane & 7) + 8 * (lane >> 4), block = 2 * warp + ((lane >> 3) & 1);
   float s[64];
@@ -284,145 +286,157 @@ __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemo
     const int end = item.end;
     uint32_t y[16] = {};  // O of the chunk before, rounded
     bool output_free = false, started = false;
-    for (int c = item.first; c < end; ++c, ++count, started = true) {
-      const Ring keys = ring_at<S::KQ>(count), values = ring_at<S::V>(count), gate_ring = ring_at<S::GATES>(count),
-                 outputs = ring_at<S::O>(count - 1), tiles = ring_at<S::TILES>(count);
-      float u[32], o[32];
-      if (!started) wait_full(shared, KQ_FULL, keys);
-      const uint32_t tile_k = shared_address(shared.k[keys.stage]), tile_q = shared_address(shared.q[keys.stage]);
-      wgmma_fence();
+    for (int c = item.first; c < end;) {
+      const int stop = keeps_states ? c + 1 : end;  // the states are kept outside of the loop that has to be fast
+      for (; c < stop; ++c, ++count, started = true) {
+        const Ring keys = ring_at<S::KQ>(count), values = ring_at<S::V>(count), gate_ring = ring_at<S::GATES>(count),
+                   outputs = ring_at<S::O>(count - 1), tiles = ring_at<S::TILES>(count);
+        float u[32], o[32];
+        if (!started) wait_full(shared, KQ_FULL, keys);
+        const uint32_t tile_k = shared_address(shared.k[keys.stage]), tile_q = shared_address(shared.q[keys.stage]);
+        wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < 8; ++k) {
-        const uint64_t b = advance(matrix_descriptor(tile_k, 16), (k / 4) * 8192 + (k % 4) * 32);
-        if (k == 0) {
-          wgmma<T, true, 0>(u, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3], b);
-        } else {
-          wgmma<T, false, 0>(u, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3], b);
+        for (int k = 0; k < 8; ++k) {
+          const uint64_t b = advance(matrix_descriptor(tile_k, 16), (k / 4) * 8192 + (k % 4) * 32);
+          if (k == 0) {
+            wgmma<T, true, 0>(u, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3], b);
+          } else {
+            wgmma<T, false, 0>(u, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3], b);
+          }
         }
-      }
-      wgmma_commit();
-      const bool gates_full = is_full(shared, GATES_FULL, gate_ring), values_full = is_full(shared, V_FULL, values);
-      if (started) {
-        if (!output_free) wait_free(shared, O_FREE, outputs);
-        write_output(shared_address(shared.o[outputs.stage]) + turn * 8192, y, token, block);
-      }
-      wgmma_fence();
+        wgmma_commit();
+        const bool gates_full = is_full(shared, GATES_FULL, gate_ring), values_full = is_full(shared, V_FULL, values);
+        const auto write_last_output = [&] {
+          if (!started) return;
+          if (!output_free) wait_free(shared, O_FREE, outputs);
+          write_output(shared_address(shared.o[outputs.stage]) + turn * 8192, y, token, block);
+        };
+        if constexpr (STATE == 2) write_last_output();  // its registers are needed for Q S
+        wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < 8; ++k) {
-        const uint64_t b = advance(matrix_descriptor(tile_q, 16), (k / 4) * 8192 + (k % 4) * 32);
-        if (k == 0) {
-          wgmma<T, true, 0>(o, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3], b);
-        } else {
-          wgmma<T, false, 0>(o, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3], b);
+        for (int k = 0; k < 8; ++k) {
+          const uint64_t b = advance(matrix_descriptor(tile_q, 16), (k / 4) * 8192 + (k % 4) * 32);
+          if (k == 0) {
+            wgmma<T, true, 0>(o, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3], b);
+          } else {
+            wgmma<T, false, 0>(o, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3], b);
+          }
         }
-      }
-      wgmma_commit();
+        wgmma_commit();
 
-      if (!gates_full) wait_full(shared, GATES_FULL, gate_ring);
-      if (!values_full) wait_full(shared, V_FULL, values);
-      const ChunkGates& gates = shared.gates[gate_ring.stage];
-      const uint32_t tile_v = shared_address(shared.v[values.stage]) + turn * 8192;
-      const bool tiles_full = is_full(shared, TILES_FULL, tiles);
-      // With one state warpgroup U goes on while Q S is still computed; with two, the other one fills the tensor cores, and
-      // the registers of the operand are free sooner.
-      wgmma_wait<STATE == 1 ? 1 : 0>();
-      accumulators_ready(u);
-      uint32_t x[16];  // V - e^gam U, later R
+        if constexpr (STATE == 1) write_last_output();  // wgmma_fence would wait for it
+        if (!gates_full) wait_full(shared, GATES_FULL, gate_ring);
+        if (!values_full) wait_full(shared, V_FULL, values);
+        const ChunkGates& gates = shared.gates[gate_ring.stage];
+        const uint32_t tile_v = shared_address(shared.v[values.stage]) + turn * 8192;
+        const bool tiles_full = is_full(shared, TILES_FULL, tiles);
+        // With one state warpgroup U goes on while Q S is still computed, and what R needs is loaded meanwhile; with two,
+        // the other one fills the tensor cores, and the registers of the operand are free sooner.
+        uint32_t v[4][4];
+        float2 read[8];
+        const auto load = [&] {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        uint32_t v[4];
-        load_matrices_transposed(v, tile_v + swizzled(16 * i + token, block));
+          for (int i = 0; i < 4; ++i) {
+            load_matrices_transposed(v[i], tile_v + swizzled(16 * i + token, block));
+            read[2 * i] = *reinterpret_cast<const float2*>(&gates.read[16 * i + column]);
+            read[2 * i + 1] = *reinterpret_cast<const float2*>(&gates.read[16 * i + 8 + column]);
+          }
+        };
+        if constexpr (STATE == 1) load();
+        wgmma_wait<STATE == 1 ? 1 : 0>();
+        accumulators_ready(u);
+        if constexpr (STATE == 2) load();
+        uint32_t x[16];  // V - e^gam U, later R
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const float2 f = *reinterpret_cast<const float2*>(&gates.read[16 * i + 8 * h + column]);
-          const float2 v0 = unpack<T>(v[2 * h]), v1 = unpack<T>(v[2 * h + 1]);
-          const float* z = u + 8 * i + 4 * h;
-          x[4 * i + 2 * h] = pack<T>(v0.x - f.x * z[0], v0.y - f.y * z[1]);
-          x[4 * i + 2 * h + 1] = pack<T>(v1.x - f.x * z[2], v1.y - f.y * z[3]);
+        for (int i = 0; i < 8; ++i) {
+          const float2 f = read[i], v0 = unpack<T>(v[i / 2][i % 2 * 2]), v1 = unpack<T>(v[i / 2][i % 2 * 2 + 1]);
+          x[2 * i] = pack<T>(v0.x - f.x * u[4 * i], v0.y - f.y * u[4 * i + 1]);
+          x[2 * i + 1] = pack<T>(v1.x - f.x * u[4 * i + 2], v1.y - f.y * u[4 * i + 3]);
         }
-      }
-      computed(x);
-      arrive(shared, V_FREE, values, lane);
+        computed(x);
+        arrive(shared, V_FREE, values, lane);
 
-      if (!tiles_full) wait_full(shared, TILES_FULL, tiles);
-      const uint32_t tile_t = shared_address(shared.t[tiles.stage]), tile_p = shared_address(shared.p[tiles.stage]);
-      wgmma_fence();
+        if (!tiles_full) wait_full(shared, TILES_FULL, tiles);
+        const uint32_t tile_t = shared_address(shared.t[tiles.stage]), tile_p = shared_address(shared.p[tiles.stage]);
+        wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const uint64_t b = advance(matrix_descriptor(tile_t, 8192), k * 2048);
-        if (k == 0) {
-          wgmma<T, true, 1>(u, x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3], b);
-        } else {
-          wgmma<T, false, 1>(u, x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3], b);
+        for (int k = 0; k < 4; ++k) {
+          const uint64_t b = advance(matrix_descriptor(tile_t, 8192), k * 2048);
+          if (k == 0) {
+            wgmma<T, true, 1>(u, x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3], b);
+          } else {
+            wgmma<T, false, 1>(u, x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3], b);
+          }
         }
+        wgmma_commit();
+        if (started) {
+          arrive(shared, O_FULL, outputs, lane);
+        }
+        // The state decays while T's product runs: neither between its instructions, which ptxas does within a block of
+        // code, nor after it. Hence the wait for the next K in between, which the auxiliary warpgroups had long before.
+        const Ring next_keys = ring_at<S::KQ>(count + 1);
+        const bool keys_full = is_full(shared, KQ_FULL, next_keys);
+        const float decay = gates.decay;
+#pragma unroll
+        for (int i = 0; i < 64; ++i) s[i] *= decay;
+        accumulators_ready(s);
+        if (!keys_full && c + 1 < end) wait_full(shared, KQ_FULL, next_keys);
+        wgmma_wait<1>();  // Q S: the operand's registers are free
+        float2 write[8];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) write[j] = *reinterpret_cast<const float2*>(&gates.write[8 * j + column]);
+        wgmma_wait<0>();
+        accumulators_ready(u);
+        accumulators_ready(o);
+        uint32_t w[16];  // V' decayed to the chunk's end
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          w[2 * j] = pack<T>(write[j].x * u[4 * j], write[j].y * u[4 * j + 1]);
+          w[2 * j + 1] = pack<T>(write[j].x * u[4 * j + 2], write[j].y * u[4 * j + 3]);
+        }
+        computed(w);
+        float2 output[8];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) output[j] = *reinterpret_cast<const float2*>(&gates.output[8 * j + column]);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          wgmma<T, false, 1>(s, w[4 * k], w[4 * k + 1], w[4 * k + 2], w[4 * k + 3],
+                             advance(matrix_descriptor(tile_k, 8192), k * 2048));
+        }
+        wgmma_commit();
+        output_free = is_free(shared, O_FREE, ring_at<S::O>(count));
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          x[2 * j] = pack<T>(u[4 * j], u[4 * j + 1]);
+          x[2 * j + 1] = pack<T>(u[4 * j + 2], u[4 * j + 3]);
+          o[4 * j] *= output[j].x;
+          o[4 * j + 1] *= output[j].y;
+          o[4 * j + 2] *= output[j].x;
+          o[4 * j + 3] *= output[j].y;
+        }
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          wgmma<T, false, 0>(o, x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3],
+                             advance(matrix_descriptor(tile_p, 16), k * 32));
+        }
+        wgmma_commit();
+        wgmma_wait<1>();
+        accumulators_ready(s);
+        arrive(shared, KQ_FREE, keys, lane);
+        arrive(shared, GATES_FREE, gate_ring, lane);
+#pragma unroll
+        for (int i = 0; i < 32; ++i) a[i] = pack<T>(s[2 * i], s[2 * i + 1]);
+        computed(a);
+        wgmma_wait<0>();
+        accumulators_ready(o);
+        arrive(shared, TILES_FREE, tiles, lane);
+#pragma unroll
+        for (int i = 0; i < 16; ++i) y[i] = pack<T>(o[2 * i], o[2 * i + 1]);
       }
-      wgmma_commit();
-      if (started) {
-        fence_async_shared();
-        arrive(shared, O_FULL, outputs, lane);
-      }
-      // The state decays while T's product runs: neither between its instructions, which ptxas does within a block of code,
-      // nor after it. Hence the wait for the next K in between, which the auxiliary warpgroups had long before.
-      const Ring next_keys = ring_at<S::KQ>(count + 1);
-      const bool keys_full = is_full(shared, KQ_FULL, next_keys);
-      const float decay = gates.decay;
-#pragma unroll
-      for (int i = 0; i < 64; ++i) s[i] *= decay;
-      accumulators_ready(s);
-      if (!keys_full && c + 1 < end) wait_full(shared, KQ_FULL, next_keys);
-      wgmma_wait<1>();  // Q S: the operand's registers are free
-      float2 write[8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) write[j] = *reinterpret_cast<const float2*>(&gates.write[8 * j + column]);
-      wgmma_wait<0>();
-      accumulators_ready(u);
-      accumulators_ready(o);
-      uint32_t w[16];  // V' decayed to the chunk's end
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        w[2 * j] = pack<T>(write[j].x * u[4 * j], write[j].y * u[4 * j + 1]);
-        w[2 * j + 1] = pack<T>(write[j].x * u[4 * j + 2], write[j].y * u[4 * j + 3]);
-      }
-      computed(w);
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        wgmma<T, false, 1>(s, w[4 * k], w[4 * k + 1], w[4 * k + 2], w[4 * k + 3],
-                           advance(matrix_descriptor(tile_k, 8192), k * 2048));
-      }
-      wgmma_commit();
-      output_free = is_free(shared, O_FREE, ring_at<S::O>(count));
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        x[2 * j] = pack<T>(u[4 * j], u[4 * j + 1]);
-        x[2 * j + 1] = pack<T>(u[4 * j + 2], u[4 * j + 3]);
-        const float2 q = *reinterpret_cast<const float2*>(&gates.output[8 * j + column]);
-        o[4 * j] *= q.x;
-        o[4 * j + 1] *= q.y;
-        o[4 * j + 2] *= q.x;
-        o[4 * j + 3] *= q.y;
-      }
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        wgmma<T, false, 0>(o, x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3],
-                           advance(matrix_descriptor(tile_p, 16), k * 32));
-      }
-      wgmma_commit();
-      wgmma_wait<1>();
-      accumulators_ready(s);
-      arrive(shared, KQ_FREE, keys, lane);
-      arrive(shared, GATES_FREE, gate_ring, lane);
-#pragma unroll
-      for (int i = 0; i < 32; ++i) a[i] = pack<T>(s[2 * i], s[2 * i + 1]);
-      computed(a);
-      wgmma_wait<0>();
-      accumulators_ready(o);
-      arrive(shared, TILES_FREE, tiles, lane);
-#pragma unroll
-      for (int i = 0; i < 16; ++i) y[i] = pack<T>(o[2 * i], o[2 * i + 1]);
-
-      const int done = (c + 1) * CHUNK;
+      if (!keeps_states) continue;
+      const int done = c * CHUNK;
       if (p.checkpoint_interval != 0 && done <= item.tokens && done % p.checkpoint_interval == 0) {
         const int64_t row = p.checkpoints.row(item.sequence, done / p.checkpoint_interval - 1);
         store_state(p.checkpoints, v_first, row, item.value_head, s, item.first_value + value, column);
@@ -436,7 +450,6 @@ __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemo
       const Ring outputs = ring_at<S::O>(count - 1);
       wait_free(shared, O_FREE, outputs);
       write_output(shared_address(shared.o[outputs.stage]) + turn * 8192, y, token, block);
-      fence_async_shared();
       arrive(shared, O_FULL, outputs, lane);
     }
     if (end * CHUNK >= item.tokens) {

@@ -97,6 +97,9 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
 
 // Writes to shared memory by this thread come before reads of it by wgmma and bulk copies that follow.
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// The same for what others wrote to these bytes before they arrived at a barrier that this thread has waited for: one fence
+// on the way from their writes to the copy that reads them is enough.
+__device__ __forceinline__ void fence_async_shared(uint32_t, int) { fence_async_shared(); }
 
 // --- bulk copies
 // -----------------------------------------------------------------------------------------------------

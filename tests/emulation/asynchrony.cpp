@@ -220,6 +220,8 @@ void fence_writes() {
   ++state.fences[static_cast<std::size_t>(block.thread)];
 }
 
+void fence_writes_of_all(std::uint32_t address, std::uint32_t bytes) { written_by_copy(address, bytes); }
+
 void check_visible(std::uint32_t address, std::uint32_t bytes) {
   if (!state.has_writers[address / 128]) return;
   for (std::uint32_t at = address; at < address + bytes; at += 2) {

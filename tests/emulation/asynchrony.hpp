@@ -58,7 +58,8 @@ void wait_for_stores(unsigned pending, bool written);
 
 void written_by_thread(std::uint32_t address, std::uint32_t bytes, int thread);
 void written_by_copy(std::uint32_t address, std::uint32_t bytes);
-void fence_writes();                                             // by the calling thread
-void check_visible(std::uint32_t address, std::uint32_t bytes);  // to copies and multiplications; else faults
+void fence_writes_of_all(std::uint32_t address, std::uint32_t bytes);  // by one who knows that they are there
+void fence_writes();                                                   // by the calling thread
+void check_visible(std::uint32_t address, std::uint32_t bytes);        // to copies and multiplications; else faults
 
 }  // namespace flashdelta::emulation

@@ -123,6 +123,9 @@ void barrier_wait(uint32_t barrier, uint32_t parity) {
 }
 inline bool barrier_test(uint32_t barrier, uint32_t parity) { return (emulation::barrier_at(barrier).phase & 1) != parity; }
 inline void fence_async_shared() { emulation::fence_writes(); }
+inline void fence_async_shared(uint32_t address, int bytes) {
+  emulation::fence_writes_of_all(address, static_cast<uint32_t>(bytes));
+}
 
 // --- bulk copies
 
