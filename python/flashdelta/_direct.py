@@ -33,6 +33,7 @@ class _Known(NamedTuple):
 _known: dict[Any, _Known] = {}
 _OPTION_TYPES = {bool, int, float, str, type(None)}
 _TENSOR_TYPES = {Tensor, Parameter}
+_DEVICES = {"cpu", "cuda"}
 
 
 def _unseen() -> bool:
@@ -46,16 +47,30 @@ def _unseen() -> bool:
     )
 
 
-def _key(asked: tuple[Any, ...], tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+def _key(asked: tuple[Any, ...], tensors: Sequence[Any]) -> tuple[Any, ...]:
     """All that a call's plan, and whether it may go the short way, depend on."""
-    q: Any = tensors[0]
     grad = torch.is_grad_enabled()
-    autocast = q.dtype is torch.float32 and torch.is_autocast_enabled(q.device.type)  # only fp32 is cast
-    layouts = [
-        t if t is None else (type(t), t.dtype, t.shape, t.stride(), t.device, t.is_neg(), grad and t.requires_grad)
-        for t in tensors
-    ]
-    return (asked, torch.get_num_threads(), autocast, *layouts)
+    key: list[Any] = [_autocast(tensors[0]), asked, torch.get_num_threads()]
+    for t in tensors:
+        if t is None:
+            key.append(None)
+        else:
+            # A view of negated numbers takes every second element of a complex tensor, so it is not contiguous.
+            strides = None if t.is_contiguous() else (t.stride(), t.is_neg())
+            key += (type(t), t.dtype, t.shape, strides, t.device, grad and t.requires_grad)
+    return tuple(key)
+
+
+def _autocast(q: Tensor) -> bool:
+    """Whether q, k and v would be cast."""
+    return q.dtype is torch.float32 and torch.is_autocast_enabled(q.device.type)
+
+
+def _is_plain(t: Tensor, grad: bool) -> bool:
+    """Whether the short way does with a tensor what the long way does."""
+    if t.is_floating_point() and t.numel() == 1:  # the one contiguous tensor that could be a view of negated numbers
+        return False
+    return type(t) in _TENSOR_TYPES and t.device.type in _DEVICES and not t.is_neg() and not (grad and t.requires_grad)
 
 
 def remember(
@@ -73,23 +88,21 @@ def remember(
     """
     if torch.compiler.is_dynamo_compiling():
         return
-    given = [t for t in tensors if t is not None]
     grad = torch.is_grad_enabled()
     if (
         not _unseen()
         or any(a is not b for a, b in zip(used, tensors, strict=False))
         or any(type(option) not in _OPTION_TYPES for option in asked)
-        or any(type(t) not in _TENSOR_TYPES or t.is_neg() or (grad and t.requires_grad) for t in given)
-        or given[0].device.type not in ("cpu", "cuda")
+        or any(t is not None and not _is_plain(t, grad) for t in tensors)
+        or _autocast(tensors[0])  # type: ignore[arg-type]
     ):
         return
     plan = _plan.find(operation, tensors, options)
-    key = _key(asked, tensors)
-    if plan.copies or key[2]:
+    if plan.copies:
         return
     if len(_known) >= _plan.MAX_PLANS:
         _known.clear()
-    _known[key] = _Known(plan, final_state, () if operation is _lib.STEP else (0, 0))
+    _known[_key(asked, tensors)] = _Known(plan, final_state, () if operation is _lib.STEP else (0, 0))
 
 
 def call(
