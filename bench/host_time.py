@@ -157,6 +157,10 @@ def calls(clock: Clock, device: str) -> None:
         token = tuple(t[0, :8].unsqueeze(1).contiguous() for t in main)
         pool = torch.zeros(8, *first.initial_state.shape[1:], device=device)
         clock.measure("host/step_/8x1", lambda: flashdelta.step_(*token, pool))
+        states = (pool, None, torch.empty_like(token[2]), pool)
+        plan = _plan.find(_lib.STEP, (*token, None, None, None, pool, None, None, pool), ())
+        args = plan.pack([t.data_ptr() for t in (*token, *states) if t is not None])
+        clock.measure("host/step_/8x1/library", lambda: _plan.enqueue(plan, token[0], args))
     leaves = tuple(t.clone().requires_grad_() for t in main)
     clock.measure("host/training/1x512/forward", lambda: flashdelta.forward(*leaves))
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -89,6 +90,19 @@ def test_other_data_of_known_layouts(only_short: Call) -> None:
     flashdelta.forward(*first[:5], initial_state=first[5], output_final_state=True)
     got = flashdelta.forward(*second[:5], initial_state=second[5], output_final_state=True)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_threads_at_once(only_short: Call) -> None:
+    data = [inputs(T=70, seed=seed)[:5] for seed in range(4)]
+    expected = [flashdelta.forward(*d)[0] for d in data]
+    flashdelta.forward(*data[0])
+    only_short()
+
+    def run(i: int) -> bool:
+        return all(torch.equal(flashdelta.forward(*data[i])[0], expected[i]) for _ in range(20))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(run, range(4)))
 
 
 def test_other_options_and_layouts_are_other_calls(only_short: Call) -> None:
