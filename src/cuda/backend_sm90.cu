@@ -122,13 +122,13 @@ fd_status forward(const fd_forward_args& args, void* workspace, void* stream) {
   status = plan_runs(args, most, parameters.k, parameters.v, runs, device->sm_count, workspace, stream);
   if (status != FD_OK) return status;
   parameters.runs = runs.runs;
-  parameters.run_count = runs.count[0];
   parameters.starts = runs.starts;
   parameters.next_item = runs.next_item;
-  status = walk(shape, most.runs);
-  if (status != FD_OK || runs.count[1] == nullptr) return status;
-  parameters.run_count = runs.count[1];
-  return walk(shape_of_runs(p), most.runs);
+  for (int i = 0; i < 2 && status == FD_OK && runs.count[i] != nullptr; ++i) {
+    parameters.run_count = runs.count[i];
+    status = walk(runs.shape[i], most.runs);
+  }
+  return status;
 }
 
 fd_status backward(const fd_backward_args& args, void* workspace, void* stream) {

@@ -6,17 +6,16 @@
 
 namespace flashdelta::cuda {
 
-// Cycles on one SM, fitted to an H200's times of the forward with and without runs (docs/kernels.md). The last three were
-// taken apart from totals, before the planner, the windows and the fold were made faster: predictions until measured again.
+// Cycles on one SM. Of the forward: fitted to an H200's times of whole sequences. Of the pre-pass: predictions;
+// bench/fit_context.py finds them from a run on a device (docs/kernels.md).
 struct Costs {
-  static constexpr float HALF_CHUNK = 3200;     // forward, a chunk, 64 values
-  static constexpr float FULL_CHUNK = 5000;     // forward, a chunk, 128 values
-  static constexpr float WALK_CHUNK = 3500;     // pre-pass, a chunk, 128 rows of values or transition
-  static constexpr float PREPARE_CHUNK = 1800;  // pre-pass, tile T of a chunk
-  static constexpr float RUN = 9000;            // until a run's first chunk is under way
-  static constexpr float FOLD_STEP = 2500;      // from one run's first state to the next's
-  static constexpr float PRE_PASS = 60000;      // start of the pre-pass's kernels
-  static constexpr float EMPTY = 18000;         // likewise, where they find nothing to do
+  static constexpr float HALF_CHUNK = 3200;  // forward, a chunk, 64 values
+  static constexpr float FULL_CHUNK = 5000;  // forward, a chunk, 128 values
+  static constexpr float WALK_CHUNK = 2000;  // pre-pass, a chunk, 64 rows of values or transition
+  static constexpr float RUN = 9000;         // until a run's first chunk is under way
+  static constexpr float FOLD_STEP = 2500;   // from one run's first state to the next's
+  static constexpr float PRE_PASS = 25000;   // start of the pre-pass's kernels
+  static constexpr float EMPTY = 11000;      // likewise, where they find nothing to do
 };
 
 // What a call's work is divided into.
@@ -24,7 +23,7 @@ struct Machine {
   int sm_count;
   int value_heads;
   int blocks;       // forward, of one head of a run
-  int walk_blocks;  // pre-pass, likewise, of values alone
+  int walk_blocks;  // pre-pass, likewise, of 64 values
   float chunk;      // Costs::HALF_CHUNK or FULL_CHUNK
 };
 
@@ -86,17 +85,17 @@ __host__ __device__ inline float forward_cost(const Machine& m, const Cut& cut) 
                             items * static_cast<float>(cut.large_runs), large + extra, m.sm_count);
 }
 
-// Cycles of the pre-pass. The transition's 128 rows are one more block of a walk.
+// Cycles of the pre-pass, also where it finds nothing to do. The transition's 128 rows are two more blocks of a walk.
 __host__ __device__ inline float pre_pass_cost(const Machine& m, const Cut& cut, const Heads& heads) {
-  if (cut.pre_runs == 0) return 0.0f;
+  if (cut.pre_runs == 0) return Costs::EMPTY;
   const auto runs = static_cast<float>(cut.pre_runs), chunks = static_cast<float>(cut.pre_chunks);
   const auto exact = static_cast<float>(heads.exact), blocks = static_cast<float>(m.walk_blocks);
   const float length = chunks / runs, extra = Costs::RUN / Costs::WALK_CHUNK;
-  const float walks = exact * (blocks + 1) * chunks + blocks * heads.windows * runs;
+  const float walks = exact * (blocks + 2) * chunks + blocks * heads.windows * runs;
   const float longest = (heads.exact > 0 ? length : heads.longest) + extra;
-  const float prepared = (exact * chunks + heads.windows * runs) / static_cast<float>(m.sm_count) + 1;
-  return Costs::PRE_PASS + Costs::FOLD_STEP * static_cast<float>(cut.steps) + Costs::PREPARE_CHUNK * prepared +
-         Costs::WALK_CHUNK * makespan(walks, longest, exact * (blocks + 1) * runs, length + extra, m.sm_count);
+  const float steps = heads.exact > 0 ? static_cast<float>(cut.steps) : 0.0f;
+  return Costs::PRE_PASS + Costs::FOLD_STEP * steps +
+         Costs::WALK_CHUNK * makespan(walks, longest, exact * (blocks + 2) * runs, length + extra, m.sm_count);
 }
 
 }  // namespace flashdelta::cuda

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(WINDOW_THREADS) windows_kernel(const __grid_co
   wait_for_earlier_kernels();
   const int index = static_cast<int>(blockIdx.x) / p.value_heads, value_head = static_cast<int>(blockIdx.x) % p.value_heads;
   if (index >= p.plan->pre_runs) return;
-  const Run run = p.runs[index];
+  const PreRun run = p.runs[index];
   const TokenRange range = p.sequences[run.sequence];
   const int64_t begin = range.begin + static_cast<int64_t>(run.first_chunk) * CHUNK;
 
@@ -46,12 +46,6 @@ __global__ void __launch_bounds__(WINDOW_THREADS) windows_kernel(const __grid_co
   }
 
   if (thread == 0) p.windows[index * p.value_heads + value_head] = found;
-  for (int c = thread; c < run.chunks; c += WINDOW_THREADS) {
-    p.needed[static_cast<int64_t>(run.slot + c) * p.value_heads + value_head] = c >= found ? 1 : 0;
-    if (value_head == 0) {
-      p.chunks[run.slot + c] = {run.sequence, run.first_chunk + c, static_cast<int>(begin) + c * CHUNK, CHUNK};
-    }
-  }
 }
 
 namespace {

@@ -1,6 +1,7 @@
-// The kernels of context parallelism beside those of prepare_sm90.hpp and states_sm90.hpp: what they are given, what they
-// leave for each other, and how to launch them.
+// The kernels of context parallelism: what they are given, what they leave for each other, and how to launch them.
 #pragma once
+
+#include <cuda.h>
 
 #include "backend.hpp"
 #include "cuda/context_cost_sm90.hpp"
@@ -13,11 +14,17 @@ constexpr int MOST_RUNS = 64;          // of a sequence that is cut
 
 // What the planner leaves on the device.
 struct Plan {
-  int runs[2];  // of the forward in the shape for whole sequences, and in that for runs; the shape not chosen has none
+  int runs[2];           // of the forward in its first shape and in its second; the one not chosen has none
   int pre_runs, chunks;  // of the pre-pass
   int chains;            // sequences that are cut
   unsigned next_item;    // of the forward
   unsigned next_walk;    // of the pre-pass
+};
+
+// A run of the pre-pass.
+struct PreRun {
+  int sequence;
+  int first_chunk, chunks;  // of the sequence
 };
 
 // A sequence that is cut.
@@ -26,7 +33,6 @@ struct Chain {
   int runs;
   int start;    // row of the first run's first state
   int pre_run;  // of the first run
-  int slot;     // of the first chunk
 };
 
 // One block orders all runs, longest first, and cuts sequences where that pays.
@@ -34,21 +40,23 @@ struct PlanParameters {
   Sequences sequences;
   Gates gates;
   int64_t B;
-  Machine plain, split;  // split.blocks = 0: no sequence is cut
-  int forced;            // sequences are cut where there are enough chunks
-  int shapes;            // 2: the forward of whole sequences has a shape of its own
-  int64_t most_chunks;   // of all sequences that they may be cut
-  int shortest;          // run, in chunks
-  float log_bound;       // log2 of what the decay over a window must come down to
+  Machine first, second;  // shapes of the forward
+  int shapes;             // how many of them there are
+  int may_split;          // whether sequences may be cut
+  int forced;             // they are where there are enough chunks
+  int64_t most_chunks;    // of all sequences that they may be cut
+  int shortest;           // run, in chunks
+  float log_bound;        // log2 of what the decay over a window must come down to
   Plan* plan;
   ForwardRun* runs;
-  Run* pre_runs;
+  PreRun* pre_runs;
   Chain* chains;
+  int* heads;  // value heads, those that decay least first
 };
 
 fd_status launch_plan(const PlanParameters&, void* stream);
 
-// Finds where the runs of the pre-pass may start, and lists their chunks.
+// Finds where the runs of the pre-pass may start.
 struct WindowParameters {
   Sequences sequences;
   Gates gates;
@@ -57,14 +65,31 @@ struct WindowParameters {
   float l2norm_eps;
   float log_bound;  // -inf: nothing is skipped
   const Plan* plan;
-  const Run* runs;
-  int* windows;     // [pre_runs][HV]: where the run starts, from zero; -1: it starts at its beginning, from the state there
-  uint8_t* needed;  // [chunks][HV]: whether a chunk is walked
-  ChunkPlace* chunks;  // of all runs
+  const PreRun* runs;
+  int* windows;  // [pre_runs][HV]: where the run starts, from zero; -1: it starts at its beginning, from the state there
 };
 
 // `pre_runs`: that there may be.
 fd_status launch_windows(const WindowParameters&, bool bfloat16, int64_t pre_runs, void* stream);
+
+// Finds the last states of the pre-pass's runs: from zero, where a sequence starts from its initial state; and their
+// transitions.
+struct WalkParameters {
+  CUtensorMap k, v;
+  Sequences sequences;
+  Gates gates;
+  Pool initial;
+  int state_v_first;
+  int heads, value_heads, value_blocks;
+  float l2norm_eps;
+  Plan* plan;
+  const PreRun* runs;
+  const int* windows;         // [pre_runs][HV]
+  const int* heads_in_order;  // [HV]: those with most to do come first
+  float* outcomes;            // [pre_runs][HV][V + K][K]: values' rows, then the transition's, each of K keys
+};
+
+fd_status launch_walk(const WalkParameters&, bool bfloat16, bool l2norm, int64_t pre_runs, int sm_count, void* stream);
 
 // Finds the states before all runs of cut sequences.
 struct FoldParameters {
@@ -74,7 +99,7 @@ struct FoldParameters {
   const Plan* plan;
   const Chain* chains;
   const int* windows;     // [pre_runs][HV]
-  const float* outcomes;  // [pre_runs][HV][V + K][K]: values' rows, then the transition's, each of K keys
+  const float* outcomes;  // [pre_runs][HV][V + K][K]
   float* starts;          // [rows][HV][V][K]
 };
 

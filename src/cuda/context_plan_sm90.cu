@@ -11,16 +11,18 @@ namespace {
 constexpr int PLAN_THREADS = 512, PLAN_WARPS = PLAN_THREADS / 32, CANDIDATES = MOST_RUNS;
 constexpr int LANES = PLAN_THREADS / CANDIDATES;  // threads that estimate a candidate together
 constexpr int CLASSES = 192;                      // of runs by length
-constexpr int SAMPLES = 64;   // tokens
+constexpr int SAMPLES = 64;                       // tokens
 
 struct PlanMemory {
   unsigned longest, total_low, total_high;
   unsigned pre_runs, chunks, starts, chains, runs;
   int length;  // of runs
+  int second;  // shape of the forward
   int64_t batch[SAMPLES], token[SAMPLES];
   unsigned decays[MOST_SPLIT_HEADS];
   float windows[MOST_SPLIT_HEADS];
   float costs[CANDIDATES];
+  int shapes[CANDIDATES];
   Cut cuts[CANDIDATES];
   unsigned count[CLASSES], place[CLASSES];
   unsigned sums[CLASSES / 32];
@@ -38,12 +40,13 @@ __device__ int class_of(int chunks) {
   return shift < 2 ? chunks : 8 * (shift + 1) + (chunks >> shift);
 }
 
-// How many chunks of each head will have decayed below the bound, as a sample of the gates has it. An estimate: what is
-// skipped in the end is decided in `windows`. Sums are of integers, so that they do not depend on their order.
+// How many chunks of each head will have decayed below the bound, as a sample of the gates has it, and the heads in that
+// order. An estimate: what is skipped in the end is decided in `windows`. Sums are of integers, so that they do not depend
+// on their order.
 __device__ void sample_gates(const PlanParameters& p, PlanMemory& shared) {
   constexpr int BATCH = 8;  // loads of a thread that are under way together
   constexpr float LOG2E = 1.44269504088896341f, MOST = 64, UNIT = 65536, MARGIN = 1.25f;
-  const int thread = static_cast<int>(threadIdx.x), samples = p.split.value_heads * SAMPLES;
+  const int thread = static_cast<int>(threadIdx.x), samples = p.first.value_heads * SAMPLES;
   const int64_t tokens = p.sequences.used_tokens() * p.B;
   if (thread < SAMPLES) {
     const int64_t token = tokens * (2 * thread + 1) / (2 * SAMPLES);
@@ -55,30 +58,39 @@ __device__ void sample_gates(const PlanParameters& p, PlanMemory& shared) {
     Gates::Bits bits[BATCH];
 #pragma unroll
     for (int i = 0; i < BATCH; ++i) {
-      const int sample = min(first + i * PLAN_THREADS, samples - 1) / p.split.value_heads;
-      const int head = min(first + i * PLAN_THREADS, samples - 1) % p.split.value_heads;
+      const int sample = min(first + i * PLAN_THREADS, samples - 1) / p.first.value_heads;
+      const int head = min(first + i * PLAN_THREADS, samples - 1) % p.first.value_heads;
       bits[i] = p.gates.gate_bits(shared.batch[sample], shared.token[sample], head);
     }
 #pragma unroll
     for (int i = 0; i < BATCH; ++i) {
-      const int sample = first + i * PLAN_THREADS, head = sample % p.split.value_heads;
+      const int sample = first + i * PLAN_THREADS, head = sample % p.first.value_heads;
       if (sample >= samples) break;
       const float decay = -p.gates.log_decay(bits[i], head) * LOG2E;
       atomicAdd(&shared.decays[head], decay > 0 ? static_cast<unsigned>(fminf(decay, MOST) * UNIT) : 0u);
     }
   }
   __syncthreads();
-  for (int head = thread; head < p.split.value_heads; head += PLAN_THREADS) {
+  for (int head = thread; head < p.first.value_heads; head += PLAN_THREADS) {
     const float decay = static_cast<float>(shared.decays[head]) / (UNIT * SAMPLES);  // of a token
     shared.windows[head] = decay > 0 ? ceilf(-p.log_bound * MARGIN / (decay * CHUNK)) + 1 : INFINITY;
   }
+  __syncthreads();
+  for (int head = thread; head < p.first.value_heads; head += PLAN_THREADS) {
+    const float window = shared.windows[head];
+    int place = 0;
+    for (int i = 0; i < p.first.value_heads; ++i) {
+      place += shared.windows[i] > window || (shared.windows[i] == window && i < head) ? 1 : 0;
+    }
+    p.heads[place] = head;
+  }
 }
 
-// Cycles that a cut would take, by the candidate's lanes together.
-__device__ float cost(const PlanParameters& p, const PlanMemory& shared, const Cut& cut, int lane) {
+// Cycles that a cut would take, by the candidate's lanes together. `second`: in the forward's second shape.
+__device__ float cost(const PlanParameters& p, const PlanMemory& shared, const Cut& cut, int lane, bool& second) {
   const float length = static_cast<float>(cut.pre_chunks) / fmaxf(static_cast<float>(cut.pre_runs), 1.0f);
   float exact = 0, windows = 0, longest = 0;
-  for (int head = lane; head < p.split.value_heads; head += LANES) {
+  for (int head = lane; head < p.first.value_heads; head += LANES) {
     const float window = shared.windows[head];
     if (window < length) {
       windows += window;
@@ -93,11 +105,13 @@ __device__ float cost(const PlanParameters& p, const PlanMemory& shared, const C
     windows += __shfl_xor_sync(~0u, windows, step);
     longest = fmaxf(longest, __shfl_xor_sync(~0u, longest, step));
   }
-  if (cut.pre_runs == 0) return forward_cost(p.plain, cut);
-  return forward_cost(p.split, cut) + pre_pass_cost(p.split, cut, {static_cast<int>(exact), windows, longest});
+  float best = forward_cost(p.first, cut);
+  second = p.shapes == 2 && forward_cost(p.second, cut) < best;
+  if (second) best = forward_cost(p.second, cut);
+  return best + pre_pass_cost(p.first, cut, {static_cast<int>(exact), windows, longest});
 }
 
-// Leaves in `length` how many chunks a run may have.
+// Leaves in `length` how many chunks a run may have, and in `second` whether the forward takes its second shape.
 __device__ void choose_length(const PlanParameters& p, PlanMemory& shared) {
   const int candidate = static_cast<int>(threadIdx.x) / LANES, lane = static_cast<int>(threadIdx.x) % LANES;
   const auto longest = static_cast<int>(shared.longest);
@@ -109,8 +123,12 @@ __device__ void choose_length(const PlanParameters& p, PlanMemory& shared) {
     add_sequence(chunks_of(p.sequences, n), length_of(candidate), add, raise);
   }
   __syncthreads();
-  const float cycles = cost(p, shared, cut, lane);
-  if (lane == 0) shared.costs[candidate] = cycles;
+  bool second;
+  const float cycles = cost(p, shared, cut, lane, second);
+  if (lane == 0) {
+    shared.costs[candidate] = cycles;
+    shared.shapes[candidate] = second ? 1 : 0;
+  }
   __syncthreads();
   if (threadIdx.x < 32) {
     int best = 0;  // of two as good, the first
@@ -130,7 +148,10 @@ __device__ void choose_length(const PlanParameters& p, PlanMemory& shared) {
         least = other;
       }
     }
-    if (threadIdx.x == 0) shared.length = length_of(best);
+    if (threadIdx.x == 0) {
+      shared.length = length_of(best);
+      shared.second = shared.shapes[best];
+    }
   }
   __syncthreads();
 }
@@ -177,8 +198,8 @@ __device__ void lay_out(const PlanParameters& p, PlanMemory& shared) {
     }
     const auto start = static_cast<int>(atomicAdd(&shared.starts, static_cast<unsigned>(cut.count)));
     const auto pre_run = static_cast<int>(atomicAdd(&shared.pre_runs, static_cast<unsigned>(cut.count - 1)));
-    const auto slot = static_cast<int>(atomicAdd(&shared.chunks, static_cast<unsigned>(cut.first(cut.count - 1))));
-    p.chains[atomicAdd(&shared.chains, 1u)] = {sequence, cut.count, start, pre_run, slot};
+    atomicAdd(&shared.chunks, static_cast<unsigned>(cut.first(cut.count - 1)));
+    p.chains[atomicAdd(&shared.chains, 1u)] = {sequence, cut.count, start, pre_run};
   }
   __syncthreads();
   // A warp for each sequence that is cut, a lane for each run.
@@ -188,7 +209,7 @@ __device__ void lay_out(const PlanParameters& p, PlanMemory& shared) {
     for (int i = thread % 32; i < cut.count; i += 32) {
       const int first = cut.first(i), end = cut.first(i + 1);
       p.runs[atomicAdd(&shared.place[class_of(end - first)], 1u)] = {chain.sequence, first, end, chain.start + i};
-      if (i + 1 < cut.count) p.pre_runs[chain.pre_run + i] = {chain.sequence, first, end - first, chain.slot + first};
+      if (i + 1 < cut.count) p.pre_runs[chain.pre_run + i] = {chain.sequence, first, end - first};
     }
   }
 }
@@ -216,11 +237,11 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_kernel(const __grid_constan
   atomicMax(&shared.longest, static_cast<unsigned>(longest));
   atomicAdd(&shared.total_low, static_cast<unsigned>(total & 0xffff));
   atomicAdd(&shared.total_high, static_cast<unsigned>(min(total >> 16, int64_t{1} << 22)));
-  if (p.split.blocks > 0) sample_gates(p, shared);
+  if (p.may_split != 0) sample_gates(p, shared);
   __syncthreads();
   // Sequences that overlap, where cu_seqlens is garbage, may have more chunks than there is room for.
   total = (int64_t{shared.total_high} << 16) + shared.total_low;
-  if (p.split.blocks > 0 && total <= p.most_chunks) {
+  if (p.may_split != 0 && total <= p.most_chunks) {
     choose_length(p, shared);
   } else {
     if (thread == 0) shared.length = max(1, static_cast<int>(shared.longest));
@@ -230,7 +251,7 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_kernel(const __grid_constan
   __syncthreads();
   if (thread == 0) {
     const auto runs = static_cast<int>(shared.runs);
-    const bool second = p.shapes == 2 && shared.chains > 0;
+    const bool second = shared.second != 0;
     *p.plan = {{second ? 0 : runs, second ? runs : 0},
                static_cast<int>(shared.pre_runs),
                static_cast<int>(shared.chunks),
@@ -241,11 +262,8 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_kernel(const __grid_constan
 }
 
 fd_status launch_plan(const PlanParameters& p, void* stream) {
-  const Launch config{.name = "plan_kernel",
-                      .grid = dim3(1),
-                      .block = dim3(PLAN_THREADS),
-                      .shared = sizeof(PlanMemory),
-                      .overlap = true};
+  const Launch config{
+      .name = "plan_kernel", .grid = dim3(1), .block = dim3(PLAN_THREADS), .shared = sizeof(PlanMemory), .overlap = true};
   return launch(plan_kernel, config, p, stream);
 }
 

@@ -5,8 +5,6 @@
 
 #include "cuda/context_kernels_sm90.hpp"
 #include "cuda/context_sm90.hpp"
-#include "cuda/prepare_sm90.hpp"
-#include "cuda/states_sm90.hpp"
 
 namespace flashdelta::cuda {
 
@@ -15,8 +13,6 @@ namespace flashdelta::cuda {
 int shape_of_sequences(const fd_problem& p, int sm_count) {
   return p.V % (2 * VALUES) != 0 || p.N * p.HV * (p.V / VALUES) <= sm_count ? 1 : 2;
 }
-
-int shape_of_runs(const fd_problem& p) { return p.V % (2 * VALUES) != 0 ? 1 : 2; }
 
 namespace {
 
@@ -30,19 +26,16 @@ constexpr int LIKELY_WINDOW = 5;  // chunks, where gates decay as in trained mod
 struct Workspace {
   Plan* plan;
   ForwardRun* runs;
-  Run* pre_runs;
+  PreRun* pre_runs;
   Chain* chains;
-  ChunkPlace* chunks;
+  int* heads;       // [HV]
   int* windows;     // [pre_runs][HV]
-  uint8_t* needed;  // [chunks][HV]
-  ChunkVectors* vectors;
-  uint8_t* t;
   float* outcomes;  // [pre_runs][HV][V + K][K]
   float* starts;    // [starts][HV][V][K]
   std::size_t bytes;
 
   Workspace(const fd_problem& p, const RunLimits& most, void* memory)
-      : pre_runs(), chains(), chunks(), windows(), needed(), vectors(), t(), outcomes(), starts(), bytes(0) {
+      : pre_runs(), chains(), heads(), windows(), outcomes(), starts(), bytes(0) {
     const auto take = [&](auto*& array, int64_t count) {
       array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(reinterpret_cast<uintptr_t>(memory) + bytes);
       bytes += (static_cast<std::size_t>(count) * sizeof(*array) + 255) / 256 * 256;
@@ -52,11 +45,8 @@ struct Workspace {
     if (!most.split()) return;
     take(pre_runs, most.pre_runs);
     take(chains, most.chains);
-    take(chunks, most.chunks);
+    take(heads, p.HV);
     take(windows, most.pre_runs * p.HV);
-    take(needed, most.chunks * p.HV);
-    take(vectors, most.chunks * p.HV);
-    take(t, most.chunks * p.HV * TILE);
     take(outcomes, most.pre_runs * p.HV * (p.V + p.K) * p.K);
     take(starts, most.starts * p.HV * p.V * p.K);
   }
@@ -67,7 +57,7 @@ Machine machine(const fd_problem& p, int sm_count, int state_warpgroups) {
   return {.sm_count = sm_count,
           .value_heads = static_cast<int>(p.HV),
           .blocks = static_cast<int>(p.V / (VALUES * state_warpgroups)),
-          .walk_blocks = static_cast<int>((p.V + 2 * VALUES - 1) / (2 * VALUES)),
+          .walk_blocks = static_cast<int>(p.V / VALUES),
           .chunk = state_warpgroups == 1 ? Costs::HALF_CHUNK : Costs::FULL_CHUNK};
 }
 
@@ -96,40 +86,63 @@ float best_split(const Machine& m, int64_t sequences, int chunks, const Heads& h
 }
 
 // Whether sequences are cut if what lies on the device makes it worth while.
-bool may_split(const fd_problem& p) {
+struct Decision {
+  bool may_split;
+  int shape;  // as in RunLimits
+};
+Decision decide(const fd_problem& p) {
+  constexpr float CERTAIN = 0.9f, GAIN = 0.8f, LOSS = 0.03f;  // of the time that whole sequences take
   const int64_t longest = (p.T + CHUNK - 1) / CHUNK;
   if (p.context_parallel == FD_CONTEXT_OFF || longest < 2 * MIN_RUN || p.N > MOST_SEQUENCES || p.HV > MOST_SPLIT_HEADS ||
       longest * p.B + p.N > MOST_CHUNKS) {
-    return false;
+    return {false, 0};
   }
-  if (p.context_parallel == FD_CONTEXT_ON) return true;
-  const auto chunks = static_cast<int>(longest);
-  const auto heads = static_cast<float>(p.HV);
-  const Heads decaying = {0, heads * LIKELY_WINDOW, LIKELY_WINDOW}, constant = {static_cast<int>(p.HV), 0, 0};
+  const bool forced = p.context_parallel == FD_CONTEXT_ON, known = p.N == p.B;  // lengths
+  if (forced && !known) return {true, 0};
+  const int whole_shape = shape_of_sequences(p, MOST_SMS), most_warpgroups = p.V % (2 * VALUES) != 0 ? 1 : 2;
   const auto plain = [&](int64_t sequences, int length) {
-    const Machine m = machine(p, MOST_SMS, shape_of_sequences(p, MOST_SMS));
-    return forward_cost(m, cut_equally(sequences, length, length));
+    return forward_cost(machine(p, MOST_SMS, whole_shape), cut_equally(sequences, length, length));
   };
-  const Machine split = machine(p, MOST_SMS, shape_of_runs(p));
-  if (p.N == p.B) {  // the lengths are known
-    const float whole = plain(p.N, chunks);
-    return best_split(split, p.N, chunks, constant) <= whole ||
-           (best_split(split, p.N, chunks, decaying) <= 0.8f * whole && Costs::EMPTY <= 0.03f * whole);
+  const auto chunks = static_cast<int>(longest), HV = static_cast<int>(p.HV);
+  const auto with_windows = [&](int heads) {
+    return Heads{HV - heads, static_cast<float>(heads * LIKELY_WINDOW), heads > 0 ? float{LIKELY_WINDOW} : 0.0f};
+  };
+  // In the better shape, which is left in `shape`.
+  int shape = 1;
+  const auto split = [&](int64_t sequences, int length, const Heads& heads) {
+    float best = std::numeric_limits<float>::infinity();
+    for (int i = 1; i <= most_warpgroups; ++i) {
+      const float cost = best_split(machine(p, MOST_SMS, i), sequences, length, heads);
+      if (cost < best) {
+        best = cost;
+        shape = i;
+      }
+    }
+    return best;
+  };
+  // Lengths that are not known: it has to pay if one sequence has all tokens, and may not cost much if all are equal.
+  const int equal = known ? chunks : std::max(1, static_cast<int>(longest / p.N));
+  const float whole = plain(p.N, equal), constant = split(p.N, equal, with_windows(0));
+  if (known && (forced || constant <= CERTAIN * whole)) {
+    split(p.N, chunks, with_windows(HV - HV / 4));  // as with the gates of trained models
+    return {true, shape};
   }
-  const int equal = std::max(1, static_cast<int>(longest / p.N));
-  return best_split(split, 1, chunks, decaying) <= 0.8f * plain(1, chunks) && Costs::EMPTY <= 0.03f * plain(p.N, equal);
+  const int64_t cut = known ? p.N : 1;
+  const float loss = std::min(constant - whole, float{Costs::EMPTY});  // the planner takes the lesser
+  return {split(cut, chunks, with_windows(HV)) <= GAIN * plain(cut, chunks) && loss <= LOSS * whole, 0};
 }
 
 }  // namespace
 
 RunLimits run_limits(const fd_problem& p) {
   const int64_t chunks = p.N == p.B ? p.B * ((p.T + CHUNK - 1) / CHUNK) : p.T / CHUNK + p.N;
-  if (!may_split(p)) return {p.N, 0, chunks, 0, 0};
+  const auto [may_split, shape] = decide(p);
+  if (!may_split) return {p.N, 0, chunks, 0, 0, 0};
   // Runs that fill the largest GPU three times are as many as can be useful.
   const int64_t blocks = p.HV * ((p.V + 2 * VALUES - 1) / (2 * VALUES));
   const int64_t pre_runs = std::min((3 * MOST_SMS + blocks - 1) / blocks, chunks / MIN_RUN);
   const int64_t chains = std::min(p.N, pre_runs);
-  return {p.N + pre_runs, pre_runs, chunks, chains, chains + pre_runs};
+  return {p.N + pre_runs, pre_runs, chunks, chains, chains + pre_runs, shape};
 }
 
 std::size_t runs_workspace(const fd_problem& p) {
@@ -142,17 +155,20 @@ namespace {
 PlanParameters plan_parameters(const fd_forward_args& args, const RunLimits& most, const Workspace& w, int sm_count) {
   const fd_problem& p = *args.problem;
   const bool split = most.split();
-  const int whole = shape_of_sequences(p, sm_count), cut = shape_of_runs(p);
+  const int whole = shape_of_sequences(p, sm_count);
+  const bool both = split && most.shape == 0 && p.V % (2 * VALUES) == 0;
+  const int first = most.shape == 0 ? whole : most.shape;
   // Each run of the pre-pass has its room where runs have at least so many chunks.
   const int64_t shortest = split ? std::max<int64_t>(MIN_RUN, (most.chunks + most.pre_runs - 1) / most.pre_runs) : 1;
   return {
       .sequences = Sequences(args),
       .gates = Gates(args),
       .B = p.B,
-      .plain = machine(p, sm_count, whole),
-      .split = split ? machine(p, sm_count, cut) : Machine{},
+      .first = machine(p, sm_count, first),
+      .second = both ? machine(p, sm_count, 3 - first) : Machine{},
+      .shapes = both ? 2 : 1,
+      .may_split = split ? 1 : 0,
       .forced = p.context_parallel == FD_CONTEXT_ON ? 1 : 0,
-      .shapes = split && whole != cut ? 2 : 1,
       .most_chunks = most.chunks,
       .shortest = static_cast<int>(shortest),
       .log_bound = static_cast<float>(std::log2(p.context_bound)),
@@ -160,6 +176,7 @@ PlanParameters plan_parameters(const fd_forward_args& args, const RunLimits& mos
       .runs = w.runs,
       .pre_runs = w.pre_runs,
       .chains = w.chains,
+      .heads = w.heads,
   };
 }
 
@@ -170,8 +187,12 @@ fd_status plan_runs(const fd_forward_args& args, const RunLimits& most, const CU
   const fd_problem& p = *args.problem;
   const Workspace w(p, most, workspace);
   const PlanParameters plan = plan_parameters(args, most, w, sm_count);
-  const int* second = plan.shapes == 2 ? &w.plan->runs[1] : nullptr;
-  runs = {w.runs, {&w.plan->runs[0], second}, w.starts, &w.plan->next_item};
+  const auto shape = [&](const Machine& m) { return static_cast<int>(p.V / VALUES / std::max(m.blocks, 1)); };
+  runs = {w.runs,
+          {shape(plan.first), shape(plan.second)},
+          {&w.plan->runs[0], plan.shapes == 2 ? &w.plan->runs[1] : nullptr},
+          w.starts,
+          &w.plan->next_item};
   fd_status status = launch_plan(plan, stream);
   if (status != FD_OK || !most.split()) return status;
 
@@ -189,55 +210,30 @@ fd_status plan_runs(const fd_forward_args& args, const RunLimits& most, const CU
       .plan = w.plan,
       .runs = w.pre_runs,
       .windows = w.windows,
-      .needed = w.needed,
-      .chunks = w.chunks,
   };
   status = launch_windows(window, bfloat16, most.pre_runs, stream);
   if (status != FD_OK) return status;
 
-  Scratch scratch = {};
-  scratch.value_heads = value_heads;
-  scratch.value_blocks = values / VALUES;
-  scratch.vectors = w.vectors;
-  scratch.t = w.t;
   const Pool initial(args.initial_state, p.initial_dtype, p.initial_rows, args.initial_index, p.index_dtype,
                      p.initial_slots);
-  const PrepareParameters prepare{
-      .q = k,  // not read
-      .k = k,
-      .gates = plan.gates,
-      .sequences = plan.sequences,
-      .chunks = w.chunks,
-      .scratch = scratch,
-      .slots = static_cast<int>(most.chunks),
-      .heads = heads,
-      .scale = static_cast<float>(p.scale),
-      .l2norm_eps = static_cast<float>(p.l2norm_eps),
-      .used_slots = &w.plan->chunks,
-      .needed = w.needed,
-  };
-  status = launch_prepare(prepare, bfloat16, l2norm, sm_count, stream);
-  if (status != FD_OK) return status;
-
-  const StatesParameters states{
+  const WalkParameters walk{
       .k = k,
       .v = v,
       .sequences = plan.sequences,
-      .scratch = scratch,
-      .runs = w.pre_runs,
-      .run_count = static_cast<int>(most.pre_runs),
-      .heads = heads,
-      .row_blocks = (values + KEYS) / VALUES,
+      .gates = plan.gates,
       .initial = initial,
       .state_v_first = p.state_v_first,
-      .saved = nullptr,
-      .save = nullptr,
-      .outcomes = w.outcomes,
-      .used_runs = &w.plan->pre_runs,
-      .next_item = &w.plan->next_walk,
+      .heads = heads,
+      .value_heads = value_heads,
+      .value_blocks = values / VALUES,
+      .l2norm_eps = window.l2norm_eps,
+      .plan = w.plan,
+      .runs = w.pre_runs,
       .windows = w.windows,
+      .heads_in_order = w.heads,
+      .outcomes = w.outcomes,
   };
-  status = launch_states(states, bfloat16, sm_count, stream);
+  status = launch_walk(walk, bfloat16, l2norm, most.pre_runs, sm_count, stream);
   if (status != FD_OK) return status;
 
   const FoldParameters fold{

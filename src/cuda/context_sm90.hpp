@@ -4,8 +4,7 @@
 //   plan      longest sequences into runs, on the device from cu_seqlens; all runs in order of length
 //   windows   for each run of the pre-pass and head: do the last chunks alone decide its last state, the rest having
 //             decayed below the bound? Then the run starts there, from zero, and M counts as zero
-//   prepare   tile T and vectors of the chunks that are needed        (prepare_sm90.hpp)
-//   states    B, and M where it counts, of every run but each sequence's last    (states_sm90.hpp)
+//   walk      B, and M where it counts, of every run but each sequence's last
 //   fold      first states, run after run
 //
 // and the forward then walks the runs as if each was a sequence. See docs/kernels.md.
@@ -16,9 +15,8 @@
 
 namespace flashdelta::cuda {
 
-// State warpgroups of the forward's blocks, 1 or 2, where sequences are walked whole and where they are cut.
+// State warpgroups of the forward's blocks, 1 or 2, where sequences are walked whole.
 int shape_of_sequences(const fd_problem&, int sm_count);
-int shape_of_runs(const fd_problem&);
 
 // How much of everything a call may need at most. Pure.
 struct RunLimits {
@@ -27,6 +25,7 @@ struct RunLimits {
   int64_t chunks;    // of all sequences
   int64_t chains;    // sequences that are cut
   int64_t starts;    // their runs
+  int shape;         // of the forward, if it is certain that sequences are cut; 0: as the planner finds
   bool split() const { return pre_runs > 0; }
 };
 RunLimits run_limits(const fd_problem&);
@@ -34,10 +33,11 @@ RunLimits run_limits(const fd_problem&);
 // Bytes of `plan_runs`'s workspace. Pure.
 std::size_t runs_workspace(const fd_problem&);
 
-// The forward's runs, on the device. Two counts: blocks are launched in the shape for sequences with the first, in that for
-// runs with the second, and one of them is zero; null where one shape serves both.
+// The forward's runs, on the device. It is launched in each shape (state warpgroups) that has a count; at most one count is
+// not zero.
 struct ForwardRuns {
   const ForwardRun* runs;
+  int shape[2];
   const int* count[2];
   const float* starts;
   unsigned int* next_item;

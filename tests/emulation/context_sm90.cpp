@@ -21,6 +21,7 @@ using std::min;
 #include "cuda/context_fold_sm90.cu"
 #include "cuda/context_plan_sm90.cu"
 #include "cuda/context_sm90.cu"
+#include "cuda/context_walk_sm90.cu"
 
 namespace flashdelta::emulation {
 
