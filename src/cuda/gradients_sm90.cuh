@@ -32,6 +32,19 @@ __device__ __forceinline__ Place place(const GradientParameters& p, const Item& 
 
 // --- loads
 
+// Brings a value head's tiles to L2, long before there is room for them in shared memory.
+__device__ __forceinline__ void prefetch(const GradientParameters& p, const Item& item, const Place& at, int value_head) {
+  const int blocks = p.scratch.value_blocks;
+  const int64_t from = p.scratch.block(item.slot, value_head, 0);
+  bulk_prefetch(p.scratch.r + from * TILE, blocks * TILE);
+  bulk_prefetch(p.scratch.dv + from * TILE, blocks * TILE);
+  bulk_prefetch(p.scratch.s + from * STATE_TILE, blocks * STATE_TILE);
+  bulk_prefetch(p.scratch.ds + from * STATE_TILE, blocks * STATE_TILE);
+  for (int b = 0; p.has_do != 0 && b < blocks; ++b) {
+    tensor_prefetch(&p.do_, b * VALUES, at.token, value_head, at.third, at.fourth);
+  }
+}
+
 __device__ __forceinline__ void load(const GradientParameters& p, SharedMemory& shared) {
   Ring items, blocks, heads, keys;
   const int group = p.scratch.value_heads / p.heads, value_blocks = p.scratch.value_blocks;
@@ -52,8 +65,13 @@ __device__ __forceinline__ void load(const GradientParameters& p, SharedMemory& 
     barrier_arrive(barrier_address(shared, ITEM_FULL, items.stage));
     items.next<ITEMS>();
     const Place at = place(p, item);
+    for (int half = 0; half < KEYS; half += 64) {
+      tensor_prefetch(&p.k, half, at.token, item.head, at.third, at.fourth);
+      tensor_prefetch(&p.q, half, at.token, item.head, at.third, at.fourth);
+    }
     for (int i = 0; i < group; ++i) {
       const int value_head = item.head * group + i;
+      prefetch(p, item, at, value_head);
       wait_free(shared, VECTORS_FREE, heads);
       const uint32_t vectors_full = barrier_address(shared, VECTORS_FULL, heads.stage);
       barrier_arrive_expect(vectors_full, sizeof(ChunkVectors));
@@ -413,7 +431,7 @@ __device__ __forceinline__ void run_triangles(const GradientParameters& p, Share
     const bool more = shared.items[items.stage].slot >= 0;
     arrive(shared, ITEM_FREE, items, lane_number());
     if (!more) break;
-    float2 overlap = {0.0f, 0.0f};
+    RowProducts products = {};
     for (int i = 0; i < group; ++i) {
       const Ring heads = ring_at<HEADS>(head_count), tiles = ring_at<1>(head_count);
       ++head_count;
@@ -428,20 +446,15 @@ __device__ __forceinline__ void run_triangles(const GradientParameters& p, Share
       if (i == 0) {
         wait_full(shared, KQ_FULL, keys);
         wait_full(shared, PRODUCTS_FREE, keys);
-        overlap = make_products<T>(shared, vectors, p.scale, warp);
+        products = make_products<T>(shared, vectors, p.scale, warp);
         arrive(shared, KQ_FREE, Ring{}, lane_number());
       }
       wait_free(shared, SUMS_FREE, heads);
       wait_free(shared, TILES_FREE, tiles);
       Sums& sums = shared.sums[heads.stage];
-      make_triangles<T>(dr, xr, shared, vectors, sums, p.scale, warp);
+      make_triangles<T>(dr, xr, products, shared, vectors, sums, p.scale, warp);
       fence_async_shared();
       arrive(shared, TILES_FULL, tiles, lane_number());
-      const Lane lane(warp);
-      if (lane.column == 0) {
-        sums.overlap[lane.row] = overlap.x;
-        sums.overlap[lane.row + 8] = overlap.y;
-      }
       arrive(shared, VECTORS_FREE, heads, lane_number());
       arrive_each(shared, SUMS_FULL, heads);
     }

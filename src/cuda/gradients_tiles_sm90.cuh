@@ -113,6 +113,8 @@ struct Lane {
   int warp, lane, row, column;
   __device__ explicit Lane(int warp_)
       : warp(warp_), lane(opaque(lane_number())), row(16 * warp + (lane >> 2)), column(2 * (lane & 3)) {}
+  // Of the warp's own rows: one element of each of the lane's two.
+  __device__ bool has_diagonal() const { return column == (row & 6); }
   // Where in a tile the lane's row of block (i, j) of 16 x 16 elements is, to load or store matrices; or to do so
   // transposing.
   __device__ uint32_t at(int i, int j) const { return offset((lane & 7) + 8 * ((lane >> 3) & 1), lane >> 4, i, j); }
@@ -189,11 +191,19 @@ __device__ __forceinline__ void store_gradient(const CUtensorMap& map, const flo
 
 // --- the triangles
 
-// scale Q K^T and K K^T of an item, times the l2 norms of both sides. Returns its rows' Sums::overlap.
+// What a row of an item has for all its value heads.
+struct RowProducts {
+  float overlap[2];   // Sums::overlap, for all lanes of the row
+  float diagonal[2];  // scale q_i.k_i, for the lane that has it
+};
+
+// scale Q K^T, its diagonal left out, and K K^T of an item, times the l2 norms of both sides.
 template <typename T>
-__device__ __forceinline__ float2 make_products(SharedMemory& shared, const ChunkVectors& vectors, float scale, int warp) {
+__device__ __forceinline__ RowProducts make_products(SharedMemory& shared, const ChunkVectors& vectors, float scale,
+                                                     int warp) {
   const uint32_t k = shared_address(shared.k);
-  float overlap[2];
+  RowProducts result = {};
+  float(&overlap)[2] = result.overlap;
 #pragma unroll 1
   for (int side = 0; side < 2; ++side) {
     const uint32_t rows = side == OF_QUERIES ? shared_address(shared.q) : k;
@@ -225,16 +235,21 @@ __device__ __forceinline__ float2 make_products(SharedMemory& shared, const Chun
       shared.products[side][n][thread_number()] = make_float4(y[0], y[1], y[2], y[3]);
     }
   }
-  const Lane lane(warp);
-  if (lane.column == (lane.row & 6)) {  // the thread has the diagonal of both its rows
+  if (const Lane lane(warp); lane.has_diagonal()) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const auto* y = reinterpret_cast<const float*>(&shared.products[OF_KEYS][2 * warp + r][thread_number()]);
-      const float own = y[2 * r + (lane.row & 1)];
-      overlap[r] -= own * own;
+      const int at = 2 * r + (lane.row & 1);
+      const auto own = [&](Side side) -> float& {
+        return reinterpret_cast<float*>(&shared.products[side][2 * warp + r][thread_number()])[at];
+      };
+      overlap[r] -= own(OF_KEYS) * own(OF_KEYS);
+      result.diagonal[r] = own(OF_QUERIES);
+      own(OF_QUERIES) = 0.0f;
     }
   }
-  return make_float2(sum_row(overlap[0]), sum_row(overlap[1]));
+  overlap[0] = sum_row(overlap[0]);
+  overlap[1] = sum_row(overlap[1]);
+  return result;
 }
 
 // Sums over the warp's 16 rows of four columns of two matrices: v[2 n + e] and v[4 + 2 n + e] for column
@@ -251,17 +266,18 @@ __device__ __forceinline__ float sum_columns(const float (&v)[8], int lane) {
   return (odd ? y[1] : y[0]) + __shfl_xor_sync(~0u, odd ? y[0] : y[1], 4);
 }
 
+// What a lane's rows bring to the triangles.
+struct Rows {
+  float gam[2], query[2], key[2];  // query: with the scale
+};
+
 // Block `b` of 16 columns of the triangles from the first eight of dr and xr. See make_triangles.
 template <typename T>
 __device__ __forceinline__ void make_triangles_block(float (&sum)[2], const float (&dr)[32], const float (&xr)[32],
-                                                     SharedMemory& shared, const ChunkVectors& vectors, Sums& sums,
-                                                     float scale, int b, int warp) {
-  const Lane lane(warp);
-  const int row = lane.row;
-  const bool diagonal = b == warp;  // the block of the warp's own rows
-  const float g[2] = {vectors.gam[row], vectors.gam[row + 8]};
-  const float query[2] = {scale * vectors.query[row], scale * vectors.query[row + 8]};
-  const float key[2] = {vectors.key[row], vectors.key[row + 8]};
+                                                     const Rows& rows, const Lane& lane, SharedMemory& shared,
+                                                     const ChunkVectors& vectors, Sums& sums, float scale, int b) {
+  const int row = lane.row, warp = lane.warp;
+  const bool diagonal = b == warp;   // the block of the warp's own rows
   uint32_t dp_row[4], dp_column[4];  // dP |q_i|^-1, dP |k_j|^-1
   uint32_t e_row[4], e_column[4];    // E |k_i|^-1, E |k_j|^-1
   float columns[8];
@@ -280,15 +296,15 @@ __device__ __forceinline__ void make_triangles_block(float (&sum)[2], const floa
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int c = i & 1, r = i / 2, right = 8 * (n - r) + lane.column + c - (row & 7);  // of the diagonal, if in its block
-      const float decay = exp2_fast(g[r] - gam[c]);
+      const float decay = exp2_fast(rows.gam[r] - gam[c]);
       const float p = diagonal && right > 0 ? 0.0f : dr[4 * n + i] * decay;  // dP / (scale beta_j)
       const float x = diagonal && right >= 0 ? 0.0f : xr[4 * n + i] * decay;
-      m[i] = p * (diagonal && right == 0 ? 0.0f : qk[i]);
+      m[i] = p * qk[i];
       z[i] = x * kk[i];
       sum[r] = fmaf(beta[c], m[i] - z[i], sum[r]);
-      dp_q[i] = p * beta[c] * query[r];
+      dp_q[i] = p * beta[c] * rows.query[r];
       dp_k[i] = p * (scale * key_j[c]);
-      e_i[i] = -(x * beta[c]) * key[r];
+      e_i[i] = -(x * beta[c]) * rows.key[r];
       e_j[i] = -x * key_j[c];
     }
 #pragma unroll
@@ -302,11 +318,6 @@ __device__ __forceinline__ void make_triangles_block(float (&sum)[2], const floa
       dp_column[2 * n + r] = pack<T>(dp_k[2 * r], dp_k[2 * r + 1]);
       e_row[2 * n + r] = pack<T>(e_i[2 * r], e_i[2 * r + 1]);
       e_column[2 * n + r] = pack<T>(e_j[2 * r], e_j[2 * r + 1]);
-    }
-    if (diagonal && lane.column == (row & 6)) {  // the thread has the diagonal of both its rows
-      const bool odd = (row & 1) != 0;
-      sums.own[row + 8 * n] = odd ? xr[4 * n + 2 * n + 1] : xr[4 * n + 2 * n];
-      sums.diagonal[row + 8 * n] = odd ? dr[4 * n + 2 * n + 1] * qk[2 * n + 1] : dr[4 * n + 2 * n] * qk[2 * n];
     }
   }
   const float column = sum_columns(columns, lane.lane);
@@ -336,24 +347,43 @@ __device__ __forceinline__ void make_triangles_block(float (&sum)[2], const floa
 // dP, X and E from dr = do R^T and xr = dv R^T, which are used up. Leaves the operands dP, dP^T and W and the sums. One
 // code for all blocks of 16 columns: registers have no index, so dr and xr move on from block to block.
 template <typename T>
-__device__ __forceinline__ void make_triangles(float (&dr)[32], float (&xr)[32], SharedMemory& shared,
-                                               const ChunkVectors& vectors, Sums& sums, float scale, int warp) {
+__device__ __forceinline__ void make_triangles(float (&dr)[32], float (&xr)[32], const RowProducts& products,
+                                               SharedMemory& shared, const ChunkVectors& vectors, Sums& sums, float scale,
+                                               int warp) {
+  const Lane lane(warp);
+  Rows rows;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = lane.row + 8 * r;
+    rows.gam[r] = vectors.gam[row];
+    rows.query[r] = scale * vectors.query[row];
+    rows.key[r] = vectors.key[row];
+  }
   float sum[2] = {0.0f, 0.0f};
 #pragma unroll 1
-  for (int b = 0; b <= warp; ++b) {
-    make_triangles_block<T>(sum, dr, xr, shared, vectors, sums, scale, b, warp);
+  for (int b = 0;; ++b) {
+    make_triangles_block<T>(sum, dr, xr, rows, lane, shared, vectors, sums, scale, b);
+    if (b == warp) break;
 #pragma unroll
     for (int i = 0; i < 24; ++i) {
       dr[i] = dr[i + 8];
       xr[i] = xr[i + 8];
     }
   }
-  const Lane lane(warp);
-  sum[0] = sum_row(sum[0]);
-  sum[1] = sum_row(sum[1]);
-  if (lane.column == 0) {
-    sums.row[lane.row] = sum[0];
-    sums.row[lane.row + 8] = sum[1];
+  if (lane.has_diagonal()) {
+    const bool odd = (lane.row & 1) != 0;
+    sums.own[lane.row] = odd ? xr[1] : xr[0];
+    sums.own[lane.row + 8] = odd ? xr[7] : xr[6];
+    sums.diagonal[lane.row] = products.diagonal[0] * (odd ? dr[1] : dr[0]);
+    sums.diagonal[lane.row + 8] = products.diagonal[1] * (odd ? dr[7] : dr[6]);
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    sum[r] = sum_row(sum[r]);
+    if (lane.column == 0) {
+      sums.row[lane.row + 8 * r] = sum[r];
+      sums.overlap[lane.row + 8 * r] = products.overlap[r];
+    }
   }
 }
 

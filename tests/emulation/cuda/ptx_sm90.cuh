@@ -159,6 +159,13 @@ inline void poison_for_copy(uint32_t shared, uint32_t bytes) {
 }
 
 inline void prefetch_tensor_map(const CUtensorMap*) {}
+inline void tensor_prefetch(const CUtensorMap*, int, int, int, int, int) {}
+// Reads what a load would read, so that an address outside of memory shows.
+inline void bulk_prefetch(const void* global, int bytes) {
+  if (reinterpret_cast<uintptr_t>(global) % 16 != 0 || bytes % 16 != 0) emulation::fault("a misaligned prefetch");
+  const auto* from = static_cast<const volatile char*>(global);
+  for (int i = 0; i < bytes; i += 16) static_cast<void>(from[i]);
+}
 inline void tensor_load(uint32_t shared, const CUtensorMap* map, uint32_t barrier, int c0, int c1, int c2, int c3, int c4) {
   TensorMap tensor;
   std::memcpy(&tensor, map, sizeof(tensor));
