@@ -70,12 +70,11 @@ Cut cut_equally(int64_t sequences, int chunks, int length) {
 }
 
 // Cycles of a good way to cut `sequences` of as many chunks each, with these heads: into runs that fill the device once,
-// twice,
-// ...
+// twice, ... Infinite if they are too short.
 float best_split(const Machine& m, int64_t sequences, int chunks, const Heads& heads) {
   float best = std::numeric_limits<float>::infinity();
   const int most = std::min(MOST_RUNS, chunks / MIN_RUN);
-  for (int rounds = 1; rounds <= 8; ++rounds) {
+  for (int rounds = 1; rounds <= 8 && most >= 2; ++rounds) {
     const int64_t fill = rounds * m.sm_count / (sequences * m.value_heads * m.blocks);
     const auto runs = static_cast<int>(std::clamp<int64_t>(fill, 2, most));
     const Cut cut = cut_equally(sequences, chunks, (chunks + runs - 1) / runs);
@@ -93,8 +92,8 @@ struct Decision {
 Decision decide(const fd_problem& p) {
   constexpr float CERTAIN = 0.9f, GAIN = 0.8f, LOSS = 0.03f;  // of the time that whole sequences take
   const int64_t longest = (p.T + CHUNK - 1) / CHUNK;
-  if (p.context_parallel == FD_CONTEXT_OFF || longest < 2 * MIN_RUN || p.N > MOST_SEQUENCES || p.HV > MOST_SPLIT_HEADS ||
-      longest * p.B + p.N > MOST_CHUNKS) {
+  if (p.context_parallel == FD_CONTEXT_OFF || longest < 2 * MIN_RUN || p.N == 0 || p.N > MOST_SEQUENCES ||
+      p.HV > MOST_SPLIT_HEADS || longest * p.B + p.N > MOST_CHUNKS) {
     return {false, 0};
   }
   const bool forced = p.context_parallel == FD_CONTEXT_ON, known = p.N == p.B;  // lengths
