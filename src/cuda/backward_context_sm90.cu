@@ -142,7 +142,7 @@ int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t chain_cost(const fd_problem& p, int64_t runs, int64_t chunks, bool outcomes) {
   const int64_t blocks = p.V / VALUES, shape = blocks % 2 != 0 || runs * p.HV * blocks <= SMS ? 1 : 2;
   const int64_t items = runs * p.HV * (blocks / shape);
-  const int64_t values = outcomes ? TILE : 4 * TILE + STATE_TILE;  // do; else R, dv twice, dS, too
+  const int64_t values = outcomes ? TILE : 3 * TILE + STATE_TILE;  // do; else dv twice, dS, too
   const int64_t bytes = 6 * TILE + static_cast<int64_t>(sizeof(ChunkVectors)) + shape * values;  // K, Q, T, P and these
   return std::max(ceil_divide(items, SMS) * chunks * (shape == 1 ? ChainCosts::HALF_CHUNK : ChainCosts::FULL_CHUNK),
                   items * chunks * bytes / ChainCosts::L2);

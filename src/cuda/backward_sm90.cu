@@ -47,8 +47,7 @@ class Parts {
 // Scratch bytes of one slot and value head.
 int64_t bytes_per_head(const fd_problem& p) {
   const int64_t blocks = p.V / VALUES;
-  return static_cast<int64_t>(sizeof(ChunkVectors)) + 2 * TILE +
-         blocks * (2 * STATE_TILE + 2 * TILE + CHUNK * static_cast<int64_t>(sizeof(float)));
+  return static_cast<int64_t>(sizeof(ChunkVectors)) + 2 * TILE + blocks * (2 * STATE_TILE + 2 * TILE);
 }
 
 // Floats of all heads' states; and what the pre-pass of context parallelism finds for one segment.
@@ -94,7 +93,6 @@ struct Workspace {
     scratch.ds = parts.take<uint8_t>(blocks * STATE_TILE);
     scratch.r = parts.take<uint8_t>(blocks * TILE);
     scratch.dv = parts.take<uint8_t>(blocks * TILE);
-    scratch.dbeta = parts.take<float>(blocks * CHUNK);
     saved = parts.take<float>(static_cast<int64_t>(saved_bytes(p) / sizeof(float)));
     for (float*& c : carry) c = parts.take<float>(tiling.waves > 1 ? state_floats(p) : 0);
     windows = parts.take<int>(splits ? tiling.segment_slots * p.HV : 0);

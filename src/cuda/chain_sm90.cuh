@@ -1,13 +1,12 @@
 // The serial part of the backward for Hopper: a persistent block takes work items (run of chunks, value head, 64 STATE
 // values) and walks the run's chunks from last to first, the gradient of the state in registers. See docs/kernels.md.
 //
-//   warpgroup 0   producer   one warp each: loads of K, Q; loads of do, P; stores, sums of <dV', R>; loads of T, R
+//   warpgroup 0   producer   one warp each: loads; factors of tokens; stores of dS; stores of dv
 //   next STATE    state      dS^T, 64 values each:  dV'^T = e^(gam_C - gam) (dS^T K^T) + do^T P,   dv^T = (beta dV')^T T,
 //                                                   dS^T = e^gam_C dS^T + (scale e^gam do)^T Q - (e^gam dv)^T K
 //
-//        K, Q, vectors --+
-//        do, P ----------+--> state --> dS after each chunk, dv, <dV', R>
-//        T, R -----------+
+//        vectors --> factors --+
+//        K, Q, T, do, P -------+--> state --> dS after each chunk, dv
 //
 // With OUTCOMES, the pre-pass of context parallelism, nothing is left but the gradient before each run.
 #pragma once
@@ -21,15 +20,12 @@ namespace chain {
 
 // Barriers, each with its phase bit per stage. Who arrives -> who waits:
 enum Barrier {
-  KEYS_FULL,     // copy engine: K, Q, vectors -> state
-  KEYS_FREE,     // state -> their loader
-  OUTPUTS_FULL,  // copy engine: do, P -> state
-  OUTPUTS_FREE,  // state -> their loader
-  TILES_FULL,    // copy engine: T, R -> state
-  TILES_FREE,    // state -> their loader
-  DS_FULL,       // state -> storer
+  VECTORS_FULL,  // copy engine: vectors -> factors
+  INPUTS_FULL,   // copy engine: K, Q, T, do, P; factors -> state
+  INPUTS_FREE,   // state, which has waited for the factors as well -> loader
+  DS_FULL,       // state -> its storer
   DS_FREE,       // storer -> state
-  DV_FULL,       // state: dv, sums of <dV', R> -> storer
+  DV_FULL,       // state -> its storer
   DV_FREE,       // storer -> state
   BARRIERS
 };
@@ -43,6 +39,17 @@ struct Shape {
   static constexpr int PRODUCER_REGISTERS = 24, STATE_REGISTERS = 240;
 };
 
+// What multiplies a token's column of a product or its part of an operand. fp16 lacks the exponents for strong decays: there
+// the power of two of the first token's decay, the largest, is left out of `read`, `erase` and `decay` (they carry `up`) and
+// comes after the sums.
+struct Factors {
+  float4 write[CHUNK / 2];  // of tokens 2 i, 2 i + 1: beta e^(gam_C - gam) |k|^-1 of both, beta of both
+  float2 read[CHUNK / 2];   // up scale e^gam |q|^-1
+  float2 erase[CHUNK / 2];  // -up e^gam |k|^-1
+  float decay, down;        // up e^gam_C, 1 / up
+  float padding[2];
+};
+
 template <int STATE>
 struct alignas(1024) SharedMemory {
   using S = Shape<STATE>;
@@ -51,11 +58,10 @@ struct alignas(1024) SharedMemory {
   uint8_t do_[S::STAGES][S::BYTES];  // [STATE] tiles
   uint8_t p[S::STAGES][TILE];
   uint8_t t[S::STAGES][TILE];
-  uint8_t r[S::STAGES][S::BYTES];
   uint8_t ds[STATE * STATE_TILE];
   uint8_t dv[S::BYTES];
   ChunkVectors vectors[S::STAGES];
-  float dbeta[STATE][4][CHUNK];  // <dV'_i, R_i> of 16 values: a warp each
+  Factors factors[S::STAGES];
   uint64_t barriers[BARRIERS][MAX_STAGES];
 };
 
@@ -127,129 +133,115 @@ __device__ __forceinline__ void for_each_chunk(const ChainParameters& p, Visit v
   }
 }
 
-// Warp 0, one lane: loads K, Q and the vectors.
+// Warp 0, one lane: loads. After the block's last chunk a stage with nothing in it follows: the state warpgroups look a
+// chunk ahead.
 template <int STATE, bool OUTCOMES>
-__device__ __forceinline__ void load_keys(const ChainParameters& p, SharedMemory<STATE>& shared) {
+__device__ __forceinline__ void load(const ChainParameters& p, SharedMemory<STATE>& shared) {
   const int group = p.scratch.value_heads / p.heads;
   Ring ring;
   for_each_chunk<STATE, OUTCOMES>(p, [&](const Item& item, int chunk, int slot) {
-    wait_free(shared, KEYS_FREE, ring);
-    const uint32_t full = barrier_address(shared, KEYS_FULL, ring.stage);
-    barrier_arrive_expect(full, 4 * TILE + static_cast<int>(sizeof(ChunkVectors)));
-    const Place at = chunk_place(p, item, chunk);
-    const int head = item.value_head / group;
-    const uint32_t k = shared_address(shared.k[ring.stage]), q = shared_address(shared.q[ring.stage]);
-    bulk_load(shared_address(&shared.vectors[ring.stage]), p.scratch.vectors + p.scratch.head(slot, item.value_head),
-              sizeof(ChunkVectors), full);
-    tensor_load(k, &p.k, full, 0, at.token, head, at.third, at.fourth);
-    tensor_load(k + TILE, &p.k, full, 64, at.token, head, at.third, at.fourth);
-    tensor_load(q, &p.q, full, 0, at.token, head, at.third, at.fourth);
-    tensor_load(q + TILE, &p.q, full, 64, at.token, head, at.third, at.fourth);
-    ring.template next<Shape<STATE>::STAGES>();
-  });
-}
+    wait_free(shared, INPUTS_FREE, ring);
+    const int64_t at_head = p.scratch.head(slot, item.value_head);
+    const uint32_t vectors_full = barrier_address(shared, VECTORS_FULL, ring.stage);
+    barrier_arrive_expect(vectors_full, sizeof(ChunkVectors));
+    bulk_load(shared_address(&shared.vectors[ring.stage]), p.scratch.vectors + at_head, sizeof(ChunkVectors), vectors_full);
 
-// Warp 1, one lane: loads do and P. The state warpgroups are a chunk ahead with these; after the last chunk they get a
-// stage with nothing in it.
-template <int STATE, bool OUTCOMES>
-__device__ __forceinline__ void load_outputs(const ChainParameters& p, SharedMemory<STATE>& shared) {
-  Ring ring;
-  for_each_chunk<STATE, OUTCOMES>(p, [&](const Item& item, int chunk, int slot) {
-    wait_free(shared, OUTPUTS_FREE, ring);
-    const uint32_t full = barrier_address(shared, OUTPUTS_FULL, ring.stage);
-    barrier_arrive_expect(full, TILE + (p.has_do != 0 ? Shape<STATE>::BYTES : 0));
-    bulk_load(shared_address(shared.p[ring.stage]), p.scratch.p + p.scratch.head(slot, item.value_head) * TILE, TILE, full);
+    const uint32_t full = barrier_address(shared, INPUTS_FULL, ring.stage);
+    barrier_arrive_expect(full, 6 * TILE + (p.has_do != 0 ? Shape<STATE>::BYTES : 0));
+    const Place at = chunk_place(p, item, chunk);
     if (p.has_do != 0) {
-      const Place at = chunk_place(p, item, chunk);
 #pragma unroll
       for (int w = 0; w < STATE; ++w) {
         tensor_load(shared_address(shared.do_[ring.stage]) + w * TILE, &p.do_, full, (item.first_block + w) * VALUES,
                     at.token, item.value_head, at.third, at.fourth);
       }
     }
+    bulk_load(shared_address(shared.p[ring.stage]), p.scratch.p + at_head * TILE, TILE, full);
+    const int head = item.value_head / group;
+    const uint32_t k = shared_address(shared.k[ring.stage]), q = shared_address(shared.q[ring.stage]);
+    tensor_load(k, &p.k, full, 0, at.token, head, at.third, at.fourth);
+    tensor_load(k + TILE, &p.k, full, 64, at.token, head, at.third, at.fourth);
+    tensor_load(q, &p.q, full, 0, at.token, head, at.third, at.fourth);
+    tensor_load(q + TILE, &p.q, full, 64, at.token, head, at.third, at.fourth);
+    bulk_load(shared_address(shared.t[ring.stage]), p.scratch.t + at_head * TILE, TILE, full);
     ring.template next<Shape<STATE>::STAGES>();
   });
-  wait_free(shared, OUTPUTS_FREE, ring);
-  barrier_arrive(barrier_address(shared, OUTPUTS_FULL, ring.stage));
+  wait_free(shared, INPUTS_FREE, ring);
+  barrier_arrive(barrier_address(shared, INPUTS_FULL, ring.stage));
 }
 
-// Warp 3, one lane: loads T and R, which an outcome does not need.
-template <int STATE, bool OUTCOMES>
-__device__ __forceinline__ void load_tiles(const ChainParameters& p, SharedMemory<STATE>& shared) {
+// Warp 1: the factors. Lane l has tokens 2 l and 2 l + 1.
+template <typename T, int STATE, bool OUTCOMES>
+__device__ __forceinline__ void make_factors(const ChainParameters& p, SharedMemory<STATE>& shared, int lane) {
   Ring ring;
-  for_each_chunk<STATE, OUTCOMES>(p, [&](const Item& item, int, int slot) {
-    wait_free(shared, TILES_FREE, ring);
-    const uint32_t full = barrier_address(shared, TILES_FULL, ring.stage);
-    barrier_arrive_expect(full, TILE + (OUTCOMES ? 0 : Shape<STATE>::BYTES));
-    bulk_load(shared_address(shared.t[ring.stage]), p.scratch.t + p.scratch.head(slot, item.value_head) * TILE, TILE, full);
-    if constexpr (!OUTCOMES) {
-      bulk_load(shared_address(shared.r[ring.stage]),
-                p.scratch.r + p.scratch.block(slot, item.value_head, item.first_block) * TILE, Shape<STATE>::BYTES, full);
+  for_each_chunk<STATE, OUTCOMES>(p, [&](const Item&, int, int) {
+    wait_full(shared, VECTORS_FULL, ring);
+    const ChunkVectors& vectors = shared.vectors[ring.stage];
+    Factors& factors = shared.factors[ring.stage];
+    float up = 1.0f, down = 1.0f;
+    if constexpr (!IS_BFLOAT16<T>) {
+      const float first = vectors.gam[0];
+      if (first < -8.0f) {
+        const float power = fmaxf(ceilf(first), -126.0f);
+        down = exp2_fast(power);
+        up = exp2_fast(-power);
+      }
     }
+    const auto pair = [&](const float(&x)[CHUNK]) { return *reinterpret_cast<const float2*>(&x[2 * lane]); };
+    const float2 rise = pair(vectors.rise), end = pair(vectors.end), beta = pair(vectors.beta), key = pair(vectors.key),
+                 query = pair(vectors.query);
+    const float scale = p.scale * up;
+    factors.write[lane] = make_float4(end.x * key.x * beta.x, end.y * key.y * beta.y, beta.x, beta.y);
+    factors.read[lane] = make_float2(scale * rise.x * query.x, scale * rise.y * query.y);
+    factors.erase[lane] = make_float2(-up * rise.x * key.x, -up * rise.y * key.y);
+    if (lane == 31) {
+      factors.decay = up * rise.y;
+      factors.down = down;
+    }
+    arrive(shared, INPUTS_FULL, ring, lane);
     ring.template next<Shape<STATE>::STAGES>();
   });
+  wait_free(shared, INPUTS_FREE, ring);
+  arrive(shared, INPUTS_FULL, ring, lane);
 }
 
-// Warp 2: stores dS and dv; adds the state warps' sums of <dV', R>. Lane l has tokens l and l + 32.
+// Warp 2, one lane: stores dS.
 template <int STATE>
-__device__ __forceinline__ void store_results(const ChainParameters& p, SharedMemory<STATE>& shared, int lane) {
+__device__ __forceinline__ void store_states(const ChainParameters& p, SharedMemory<STATE>& shared) {
   Ring ring;
-  for_each_chunk<STATE, false>(p, [&](const Item& item, int chunk, int slot) {
-    const int64_t block = p.scratch.block(slot, item.value_head, item.first_block);
+  for_each_chunk<STATE, false>(p, [&](const Item& item, int, int slot) {
     wait_full(shared, DS_FULL, ring);
-    if (lane == 0) {
-      bulk_store(p.scratch.ds + block * STATE_TILE, shared_address(shared.ds), STATE * STATE_TILE);
-      stores_commit();
-      stores_wait_read<0>();
-      barrier_arrive(barrier_address(shared, DS_FREE, ring.stage));
-    }
-    __syncwarp();
-    wait_full(shared, DV_FULL, ring);
-    if (lane == 0) {
-      const uint32_t dv = shared_address(shared.dv);
-      bulk_store(p.scratch.dv + block * TILE, dv, Shape<STATE>::BYTES);
-      if (p.has_dv != 0) {
-        const Place at = chunk_place(p, item, chunk);
-#pragma unroll
-        for (int w = 0; w < STATE; ++w) {
-          tensor_store(&p.dv, dv + w * TILE, (item.first_block + w) * VALUES, at.token, item.value_head, at.third,
-                       at.fourth);
-        }
-      }
-      stores_commit();
-    }
-#pragma unroll
-    for (int w = 0; w < STATE; ++w) {
-      float* out = p.scratch.dbeta + (block + w) * CHUNK + lane;
-#pragma unroll
-      for (int i = 0; i < CHUNK; i += 32) {
-        const float(&sums)[4][CHUNK] = shared.dbeta[w];
-        out[i] = (sums[0][lane + i] + sums[1][lane + i]) + (sums[2][lane + i] + sums[3][lane + i]);
-      }
-    }
-    if (lane == 0) stores_wait_read<0>();
-    arrive(shared, DV_FREE, ring, lane);
+    bulk_store(p.scratch.ds + p.scratch.block(slot, item.value_head, item.first_block) * STATE_TILE,
+               shared_address(shared.ds), STATE * STATE_TILE);
+    stores_commit();
+    stores_wait_read<0>();
+    barrier_arrive(barrier_address(shared, DS_FREE, ring.stage));
     ring.next<1>();
   });
-  if (lane == 0) stores_wait();
+  stores_wait();
 }
 
-// Adds the elements of lanes that differ in bit 2 HALF; each of the two keeps half of its 2 HALF elements.
-template <int HALF>
-__device__ __forceinline__ void fold(float (&x)[16], int lane) {
-  const bool upper = (lane & 2 * HALF) != 0;
+// Warp 3, one lane: stores dv.
+template <int STATE>
+__device__ __forceinline__ void store_values(const ChainParameters& p, SharedMemory<STATE>& shared) {
+  Ring ring;
+  for_each_chunk<STATE, false>(p, [&](const Item& item, int chunk, int slot) {
+    wait_full(shared, DV_FULL, ring);
+    const uint32_t dv = shared_address(shared.dv);
+    bulk_store(p.scratch.dv + p.scratch.block(slot, item.value_head, item.first_block) * TILE, dv, Shape<STATE>::BYTES);
+    if (p.has_dv != 0) {
+      const Place at = chunk_place(p, item, chunk);
 #pragma unroll
-  for (int i = 0; i < HALF; ++i) {
-    const float keep = upper ? x[HALF + i] : x[i], give = upper ? x[i] : x[HALF + i];
-    x[i] = keep + __shfl_sync(~0u, give, lane ^ 2 * HALF);
-  }
-}
-// Sums over the lanes with the same lane % 4; a lane gets those of elements 2 (lane / 4) and 2 (lane / 4) + 1.
-__device__ __forceinline__ float2 sum_columns(float (&x)[16], int lane) {
-  fold<8>(x, lane);
-  fold<4>(x, lane);
-  fold<2>(x, lane);
-  return {x[0], x[1]};
+      for (int w = 0; w < STATE; ++w) {
+        tensor_store(&p.dv, dv + w * TILE, (item.first_block + w) * VALUES, at.token, item.value_head, at.third, at.fourth);
+      }
+    }
+    stores_commit();
+    stores_wait_read<0>();
+    barrier_arrive(barrier_address(shared, DV_FREE, ring.stage));
+    ring.next<1>();
+  });
+  stores_wait();
 }
 
 // Where values 64 `turn`.. of an item lie in [HV][V][K] states.
@@ -292,15 +284,20 @@ __device__ __forceinline__ void end_item(const ChainParameters& p, int index, in
   }
 }
 
-// d = a b (FIRST) or d += a b, as a group of its own; a is 64 x 4 WORDS, in registers. TRANSPOSED_B: the rows of b lie as
-// rows of 64 columns of the tile, or of two of them; else its columns do, two tiles for a depth of 128.
+// The operand b of `multiply` in a tile or two: its columns lie as rows of 64 elements, in two tiles for a depth of 128; or
+// (TRANSPOSED_B) its rows lie as rows of 64 columns.
+__device__ __forceinline__ uint64_t columns(uint32_t tile) { return matrix_descriptor(tile, 16); }
+__device__ __forceinline__ uint64_t rows(uint32_t tile) { return matrix_descriptor(tile, TILE); }
+
+// d = a b (FIRST) or d += a b, as a group of its own; a is 64 x 4 WORDS, in registers. At the end the warp meets: the
+// compiler would move loads that follow between the instructions, whose start then waits.
 template <typename T, bool FIRST, bool TRANSPOSED_B, int COUNT, int WORDS>
-__device__ __forceinline__ void multiply(float (&d)[COUNT], const uint32_t (&a)[WORDS], uint32_t tile) {
+__device__ __forceinline__ void multiply(float (&d)[COUNT], uint32_t (&a)[WORDS], uint64_t matrix) {
+  computed(a);
   wgmma_fence();
 #pragma unroll
   for (int k = 0; k < WORDS / 4; ++k) {
-    const uint64_t b = TRANSPOSED_B ? matrix_descriptor(tile + k * 2048, TILE)
-                                    : matrix_descriptor(tile + (k / 4) * TILE + (k % 4) * 32, 16);
+    const uint64_t b = advance(matrix, TRANSPOSED_B ? k * 2048 : (k / 4) * TILE + (k % 4) * 32);
     if (FIRST && k == 0) {
       wgmma<T, true, TRANSPOSED_B ? 1 : 0>(d, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3], b);
     } else {
@@ -308,165 +305,163 @@ __device__ __forceinline__ void multiply(float (&d)[COUNT], const uint32_t (&a)[
     }
   }
   wgmma_commit();
+  __syncwarp();
 }
 
 // Byte offset, in a tile, of the lane's row in a transposing load or store of 16 tokens x the warp's 16 values; other tokens
 // are 128 bytes each away.
-__device__ __forceinline__ uint32_t transposed_row(int warp, int lane) {
-  return swizzled((lane & 7) + 8 * (lane >> 4), 2 * warp + ((lane >> 3) & 1));
+__device__ __forceinline__ uint32_t transposed_row(int thread) {
+  return swizzled((thread & 7) + 8 * ((thread >> 4) & 1), 2 * (thread >> 5) + ((thread >> 3) & 1));
 }
 
-// Starts do^T P of a chunk: `x` is do^T, `dv` the product.
-template <typename T, int STATE>
-__device__ __forceinline__ void start_chunk(const ChainParameters& p, SharedMemory<STATE>& shared, const Ring& ring,
-                                            int turn, uint32_t row, uint32_t (&x)[16], float (&dv)[32]) {
-  wait_full(shared, OUTPUTS_FULL, ring);
-  const uint32_t tile = shared_address(shared.do_[ring.stage]) + turn * TILE + row;
-  const bool present = p.has_do != 0;
+// do^T of a chunk.
+template <int STATE>
+__device__ __forceinline__ void load_do(uint32_t (&x)[16], SharedMemory<STATE>& shared, int stage, int turn, uint32_t row) {
+  const uint32_t tile = shared_address(shared.do_[stage]) + turn * TILE + row;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     uint32_t y[4];
     load_matrices_transposed(y, tile + i * 2048);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) x[4 * i + j] = present ? y[j] : 0;
+    for (int j = 0; j < 4; ++j) x[4 * i + j] = y[j];
   }
-  multiply<T, true, true>(dv, x, shared_address(shared.p[ring.stage]));
+}
+// (scale e^gam do)^T rounded, and what is then left of it, rounded: the error of one operand alone would be most of the
+// error of the initial state's gradient.
+template <typename T>
+__device__ __forceinline__ void round_do(uint32_t (&high)[16], const uint32_t (&x)[16], const Factors& factors, int lane) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const float2 f = factors.read[4 * (i / 2) + (lane & 3)], y = unpack<T>(x[i]);
+    high[i] = pack<T>(f.x * y.x, f.y * y.y);
+  }
+}
+template <typename T>
+__device__ __forceinline__ void round_rest(uint32_t (&low)[16], const uint32_t (&high)[16], const uint32_t (&x)[16],
+                                           const Factors& factors, int lane) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const float2 f = factors.read[4 * (i / 2) + (lane & 3)], y = unpack<T>(x[i]), z = unpack<T>(high[i]);
+    low[i] = pack<T>(fmaf(f.x, y.x, -z.x), fmaf(f.y, y.y, -z.y));
+  }
 }
 
-// A state warpgroup: values 64 `turn`.. of the item. The products that do not depend on dS run while the others wait for
-// conversions: do^T P of the next chunk under the rounding of dS, (scale e^gam do)^T Q under that of dV' and of dv.
+// A state warpgroup: values 64 `turn`.. of the item. Only K^T, T and K wait for each other; the products with do, of the
+// chunk or the next, run while accumulators are made into operands. What is left for others is made while products run: a
+// fence that follows its stores at once, or a barrier that is asked when it is needed, would add its time to the chain.
+// Where barriers are waited for that have long been ready, the branch keeps the compiler from moving arithmetic across: to
+// before the start of a product, or to after its end.
+//
+// The images of dS and dv are stored and fenced by all lanes, which __syncwarp in `arrive` puts before the one arrival of
+// lane 0; the storer's wait puts that before its copy.
 template <typename T, int STATE, bool OUTCOMES>
-__device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory<STATE>& shared, int turn, int warp,
-                                          int lane_) {
+__device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory<STATE>& shared, int turn, int thread_) {
   constexpr int STAGES = Shape<STATE>::STAGES;
-  uint32_t count = 0;  // chunks so far
+  Ring ring, stores;
+  uint64_t keys = columns(shared_address(shared.k[0]));  // of the chunk: known before it begins
   const int items = item_count<STATE>(p);
   float s[64];     // dS^T
-  uint32_t a[32];  // dS^T rounded
   uint32_t x[16];  // do^T
   float dv[32];    // do^T P, later dv^T
-  start_chunk<T, STATE>(p, shared, ring_at<STAGES>(0), turn, transposed_row(warp, lane_), x, dv);
+  bool ds_free = true;
+  wait_full(shared, INPUTS_FULL, ring);
+  load_do(x, shared, 0, turn, transposed_row(thread_));
+  multiply<T, true, true>(dv, x, rows(shared_address(shared.p[0])));
   wgmma_wait<0>();
   accumulators_ready(dv);
-  arrive(shared, OUTPUTS_FREE, ring_at<STAGES>(0), lane_);
   for (int index = static_cast<int>(blockIdx.x); index < items; index += static_cast<int>(gridDim.x)) {
-    const int chunks = start_item<STATE, OUTCOMES>(p, index, turn, s, 16 * warp + (lane_ >> 2), 2 * (lane_ & 3));
+    const int chunks =
+        start_item<STATE, OUTCOMES>(p, index, turn, s, thread_ / 32 * 16 + thread_ % 32 / 4, 2 * (thread_ % 4));
+    uint32_t a[32];  // dS^T rounded
 #pragma unroll
     for (int i = 0; i < 32; ++i) a[i] = pack<T>(s[2 * i], s[2 * i + 1]);
-    for (int c = 0; c < chunks; ++c, ++count) {
-      const int lane = opaque(lane_);  // what follows from it does not take registers all the time
-      const int column = 2 * (lane & 3);
-      const uint32_t row = transposed_row(warp, lane);
-      const Ring ring = ring_at<STAGES>(count), stores = ring_at<1>(count);
-      const ChunkVectors& vectors = shared.vectors[ring.stage];
+    for (int c = 0; c < chunks; ++c) {
+      const int thread = opaque(thread_), lane = thread % 32;  // what follows from it does not take registers all the time
+      const uint32_t row = transposed_row(thread);
+      Ring next = ring;
+      next.next<STAGES>();
+      const Factors& factors = shared.factors[ring.stage];
+      const uint64_t queries = rows(shared_address(shared.q[ring.stage]));
 
-      // The image of dS1, and dS1^T K^T
+      // dS1^T K^T and, once dS has decayed, the larger part of (scale e^gam do)^T Q
+      wgmma_wait<0>();
+      accumulators_ready(dv);
+      float u[32];
+      multiply<T, true, false>(u, a, keys);
+      const bool dv_free = OUTCOMES || is_free(shared, DV_FREE, stores);
+      if (!ds_free) wait_free(shared, DS_FREE, stores);
+      uint32_t high[16];
+      round_do<T>(high, x, factors, lane);
+      const float decay = factors.decay;
+#pragma unroll
+      for (int i = 0; i < 64; ++i) s[i] *= decay;
+      accumulators_ready(s);
+      multiply<T, false, true>(s, high, queries);
+
+      // The image of dS1
       if constexpr (!OUTCOMES) {
-        wait_free(shared, DS_FREE, stores);
         const uint32_t tile = shared_address(shared.ds) + turn * STATE_TILE;
-        const int value = 16 * warp + (lane & 15), right = lane >> 4;
+        const int value = thread / 32 * 16 + thread % 16, right = (thread >> 4) & 1;
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
           store_matrices(tile + (k / 4) * TILE + swizzled(value, 2 * (k % 4) + right), a[4 * k], a[4 * k + 1], a[4 * k + 2],
                          a[4 * k + 3]);
         }
       }
-      wait_full(shared, KEYS_FULL, ring);
-      const uint32_t tile_k = shared_address(shared.k[ring.stage]), tile_q = shared_address(shared.q[ring.stage]);
-      float u[32];
-      multiply<T, true, false>(u, a, tile_k);
-      if constexpr (!OUTCOMES) {
-        fence_async_shared();
-        arrive(shared, DS_FULL, stores, lane);
-      }
 
-      // (scale e^gam do)^T Q, the operand as the sum of two rounded ones: its error alone would be most of the error of the
-      // initial state's gradient. fp16 lacks the exponents for strong decays: there the power of two of the first token's
-      // decay, the largest, comes after the sums.
-      float up = 1.0f, down = 1.0f;
-      if constexpr (!IS_BFLOAT16<T>) {
-        const float first = vectors.gam[0];
-        if (first < -8.0f) {
-          down = exp2_fast(fmaxf(ceilf(first), -126.0f));
-          up = 1.0f / down;
-        }
-      }
-      const float scale = p.scale * up;
-      uint32_t high[16], low[16];
+      // beta dV', and (beta dV')^T T
+      float2 write[8];
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const float2 rise = *reinterpret_cast<const float2*>(&vectors.rise[8 * j + column]);
-        const float2 query = *reinterpret_cast<const float2*>(&vectors.query[8 * j + column]);
-        const float f0 = scale * rise.x * query.x, f1 = scale * rise.y * query.y;
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const float2 y = unpack<T>(x[2 * j + h]);
-          high[2 * j + h] = pack<T>(f0 * y.x, f1 * y.y);
-          const float2 rounded = unpack<T>(high[2 * j + h]);
-          low[2 * j + h] = pack<T>(f0 * y.x - rounded.x, f1 * y.y - rounded.y);
-        }
+        const float4 f = factors.write[4 * j + (lane & 3)];
+        write[j] = make_float2(f.x, f.y);
+        dv[4 * j] *= f.z;
+        dv[4 * j + 1] *= f.w;
+        dv[4 * j + 2] *= f.z;
+        dv[4 * j + 3] *= f.w;
       }
-      const float decay = up * vectors.rise[CHUNK - 1];
-#pragma unroll
-      for (int i = 0; i < 64; ++i) s[i] *= decay;
-      multiply<T, false, true>(s, high, tile_q);
-
-      // dV', and (beta dV')^T T
+      if (!dv_free) wait_free(shared, DV_FREE, stores);  // for the image of dv, below
       wgmma_wait<1>();
       accumulators_ready(u);
       uint32_t w[16];
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const float2 end = *reinterpret_cast<const float2*>(&vectors.end[8 * j + column]);
-        const float2 key = *reinterpret_cast<const float2*>(&vectors.key[8 * j + column]);
-        const float2 beta = *reinterpret_cast<const float2*>(&vectors.beta[8 * j + column]);
-        const float f0 = end.x * key.x, f1 = end.y * key.y;
-        float* y = u + 4 * j;
-        y[0] = fmaf(f0, y[0], dv[4 * j]);
-        y[1] = fmaf(f1, y[1], dv[4 * j + 1]);
-        y[2] = fmaf(f0, y[2], dv[4 * j + 2]);
-        y[3] = fmaf(f1, y[3], dv[4 * j + 3]);
-        w[2 * j] = pack<T>(beta.x * y[0], beta.y * y[1]);
-        w[2 * j + 1] = pack<T>(beta.x * y[2], beta.y * y[3]);
+        const float2 f = write[j];
+        const float *y = u + 4 * j, *z = dv + 4 * j;
+        w[2 * j] = pack<T>(fmaf(f.x, y[0], z[0]), fmaf(f.y, y[1], z[1]));
+        w[2 * j + 1] = pack<T>(fmaf(f.x, y[2], z[2]), fmaf(f.y, y[3], z[3]));
       }
-      wait_full(shared, TILES_FULL, ring);
-      multiply<T, true, false>(dv, w, shared_address(shared.t[ring.stage]));
-      multiply<T, false, true>(s, low, tile_q);
-
-      // <dV', R>
+      multiply<T, true, false>(dv, w, columns(shared_address(shared.t[ring.stage])));
+      load_do(x, shared, ring.stage, turn, row);  // again rather than kept: registers are short
+      uint32_t low[16];
+      round_rest<T>(low, high, x, factors, lane);
+      multiply<T, false, true>(s, low, queries);
+      const bool more = is_full(shared, INPUTS_FULL, next);
       if constexpr (!OUTCOMES) {
-        float sums[16];
-        const uint32_t tile = shared_address(shared.r[ring.stage]) + turn * TILE + row;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          uint32_t r[4];
-          load_matrices_transposed(r, tile + i * 2048);
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const float2 r0 = unpack<T>(r[2 * h]), r1 = unpack<T>(r[2 * h + 1]);
-            const float* y = u + 8 * i + 4 * h;
-            sums[4 * i + 2 * h] = fmaf(y[0], r0.x, y[2] * r1.x);
-            sums[4 * i + 2 * h + 1] = fmaf(y[1], r0.y, y[3] * r1.y);
-          }
-        }
-        wait_free(shared, DV_FREE, stores);
-        *reinterpret_cast<float2*>(&shared.dbeta[turn][warp][2 * lane]) = sum_columns(sums, lane);
+        fence_async_shared();
+        arrive(shared, DS_FULL, stores, lane);
       }
+      float2 erase[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) erase[j] = factors.erase[4 * j + (lane & 3)];
+      const float down = IS_BFLOAT16<T> ? 1.0f : factors.down;
 
+      // -(e^gam dv)^T K
+      __syncwarp();
       wgmma_wait<1>();
       accumulators_ready(dv);
-      arrive(shared, TILES_FREE, ring, lane);
-
-      // -(e^gam dv)^T K, and the image of dv
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const float2 rise = *reinterpret_cast<const float2*>(&vectors.rise[8 * j + column]);
-        const float2 key = *reinterpret_cast<const float2*>(&vectors.key[8 * j + column]);
-        const float f0 = -up * rise.x * key.x, f1 = -up * rise.y * key.y;
-        w[2 * j] = pack<T>(f0 * dv[4 * j], f1 * dv[4 * j + 1]);
-        w[2 * j + 1] = pack<T>(f0 * dv[4 * j + 2], f1 * dv[4 * j + 3]);
+        const float2 f = erase[j];
+        w[2 * j] = pack<T>(f.x * dv[4 * j], f.y * dv[4 * j + 1]);
+        w[2 * j + 1] = pack<T>(f.x * dv[4 * j + 2], f.y * dv[4 * j + 3]);
       }
-      multiply<T, false, true>(s, w, tile_k);
+      multiply<T, false, true>(s, w, rows(shared_address(shared.k[ring.stage])));
+
+      // do^T P of the next chunk, and the image of dv
+      if (!more) wait_full(shared, INPUTS_FULL, next);
+      keys = columns(shared_address(shared.k[next.stage]));
+      load_do(x, shared, next.stage, turn, row);
       if constexpr (!OUTCOMES) {
         const uint32_t tile = shared_address(shared.dv) + turn * TILE + row;
 #pragma unroll
@@ -475,15 +470,17 @@ __device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory
           store_matrices_transposed(tile + i * 2048, pack<T>(y[0], y[1]), pack<T>(y[2], y[3]), pack<T>(y[4], y[5]),
                                     pack<T>(y[6], y[7]));
         }
+      }
+      multiply<T, true, true>(dv, x, rows(shared_address(shared.p[next.stage])));
+      if constexpr (!OUTCOMES) {
         fence_async_shared();
         arrive(shared, DV_FULL, stores, lane);
       }
-
-      const Ring next = ring_at<STAGES>(count + 1);
-      start_chunk<T, STATE>(p, shared, next, turn, row, x, dv);
+      stores.next<1>();
+      ds_free = OUTCOMES || is_free(shared, DS_FREE, stores);
       wgmma_wait<1>();
       accumulators_ready(s);
-      arrive(shared, KEYS_FREE, ring, lane);
+      arrive(shared, INPUTS_FREE, ring, lane);
       if constexpr (!IS_BFLOAT16<T>) {
         if (down != 1.0f) {
 #pragma unroll
@@ -492,11 +489,11 @@ __device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory
       }
 #pragma unroll
       for (int i = 0; i < 32; ++i) a[i] = pack<T>(s[2 * i], s[2 * i + 1]);
-      wgmma_wait<0>();
-      accumulators_ready(dv);
-      arrive(shared, OUTPUTS_FREE, next, lane);
+      ring = next;
     }
-    end_item<STATE, OUTCOMES>(p, index, turn, s, 16 * warp + (lane_ >> 2), 2 * (lane_ & 3));
+    wgmma_wait<0>();
+    accumulators_ready(dv);
+    end_item<STATE, OUTCOMES>(p, index, turn, s, thread_ / 32 * 16 + thread_ % 32 / 4, 2 * (thread_ % 4));
   }
 }
 
@@ -513,8 +510,13 @@ __global__ void __launch_bounds__(chain::Shape<STATE>::THREADS, 1) chain_kernel(
 
   if (threadIdx.x == 0) {
     constexpr int state = 4 * STATE;
-    const int arrivals[BARRIERS] = {1, state, 1, state, 1, state, state, 1, state, 1};
+    const int arrivals[BARRIERS] = {1, 2, state, state, 1, state, 1};
     init_barriers(shared, arrivals);
+  }
+  if (p.has_do == 0) {
+    for (int i = static_cast<int>(threadIdx.x); i < static_cast<int>(sizeof(shared.do_)) / 16; i += S::THREADS) {
+      reinterpret_cast<uint4*>(shared.do_)[i] = make_uint4(0, 0, 0, 0);
+    }
   }
   __syncthreads();
   wait_for_earlier_kernels();
@@ -522,17 +524,16 @@ __global__ void __launch_bounds__(chain::Shape<STATE>::THREADS, 1) chain_kernel(
   if (warpgroup == 0) {
     if constexpr (STATE == 2) fewer_registers<S::PRODUCER_REGISTERS>();
     if (warp == 0) {
-      if (lane == 0) load_keys<STATE, OUTCOMES>(p, shared);
+      if (lane == 0) load<STATE, OUTCOMES>(p, shared);
     } else if (warp == 1) {
-      if (lane == 0) load_outputs<STATE, OUTCOMES>(p, shared);
-    } else if (warp == 2) {
-      if constexpr (!OUTCOMES) store_results(p, shared, lane);
-    } else {
-      if (lane == 0) load_tiles<STATE, OUTCOMES>(p, shared);
+      make_factors<T, STATE, OUTCOMES>(p, shared, lane);
+    } else if constexpr (!OUTCOMES) {
+      if (lane == 0 && warp == 2) store_states(p, shared);
+      if (lane == 0 && warp == 3) store_values(p, shared);
     }
   } else {
     if constexpr (STATE == 2) more_registers<S::STATE_REGISTERS>();
-    run_state<T, STATE, OUTCOMES>(p, shared, warpgroup - 1, warp, lane);
+    run_state<T, STATE, OUTCOMES>(p, shared, warpgroup - 1, static_cast<int>(threadIdx.x) % 128);
   }
 }
 

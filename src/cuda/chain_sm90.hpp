@@ -12,7 +12,7 @@ struct ChainParameters {
   CUtensorMap q, k, do_, dv;
   int has_do, has_dv;  // absent: do counts as zero, dv is not stored (its scratch is)
   Sequences sequences;
-  Scratch scratch;  // vectors, t, p, r are read; ds, dv, dbeta are written
+  Scratch scratch;  // vectors, t, p are read; ds, dv are written
   const Run* runs;  // [run_count]: pieces, or segments
   int run_count;
   int heads;
@@ -26,7 +26,7 @@ struct ChainParameters {
   float* carry_out;      // [HV][V][K]
   float scale;
   // Unless null, this is a pre-pass: of all results only these are left, the gradients of the state before every run that
-  // does not begin its sequence. Runs that do not end theirs start from zero; neither `starts` nor r is read.
+  // does not begin its sequence. Runs that do not end theirs start from zero; `starts` is not read.
   float* outcomes = nullptr;     // [run_count][HV][V + K][K]: the rows of V
   const int* windows = nullptr;  // [run_count][HV]: of a run only so many first chunks count, from zero; -1: all
 };

@@ -74,7 +74,6 @@ struct Scratch {
   uint8_t* ds;            // [slot, value head, block] state tiles: gradient of S after the chunk, transposed
   uint8_t* r;             // [slot, value head, block] tiles: R, tokens x values
   uint8_t* dv;            // [slot, value head, block] tiles: gradient of v, tokens x values
-  float* dbeta;           // [slot, value head, block, 64]: <dV'_i, R_i> of the block's values
 
   __host__ __device__ int64_t head(int slot, int value_head) const {
     return static_cast<int64_t>(slot) * value_heads + value_head;

@@ -60,14 +60,12 @@ class Chain {
         d_(std::move(d)),
         vectors_(bytes(sizeof(cuda::ChunkVectors), 1)),
         t_(bytes(cuda::TILE, 1)),
-        p_(bytes(cuda::TILE, 1)),
-        r_(bytes(cuda::TILE, blocks())) {
+        p_(bytes(cuda::TILE, 1)) {
     scratch_.value_heads = static_cast<int>(c.HV);
     scratch_.value_blocks = blocks();
     scratch_.vectors = reinterpret_cast<cuda::ChunkVectors*>(vectors_.data());
     scratch_.t = t_.data();
     scratch_.p = p_.data();
-    scratch_.r = r_.data();
     for (int n = 0; n < c.N(); ++n) {
       for (int hv = 0; hv < c.HV; ++hv) fill(n, hv);
     }
@@ -75,19 +73,15 @@ class Chain {
 
   // What the kernel wrote.
   struct Run {
-    Memory ds, dv, dbeta;
+    Memory ds, dv;
     Results results;
   };
 
   Run run(const Options& options) const {
-    Run out{Memory(bytes(cuda::STATE_TILE, blocks())),
-            Memory(bytes(cuda::TILE, blocks())),
-            Memory(bytes(C * sizeof(float), blocks())),
-            {}};
+    Run out{Memory(bytes(cuda::STATE_TILE, blocks())), Memory(bytes(cuda::TILE, blocks())), {}};
     cuda::Scratch scratch = scratch_;
     scratch.ds = out.ds.data();
     scratch.dv = out.dv.data();
-    scratch.dbeta = reinterpret_cast<float*>(out.dbeta.data());
     static const Chain* chain_now;
     static const cuda::Scratch* scratch_now;
     static const Options* options_now;
@@ -96,7 +90,7 @@ class Chain {
         c_, d_, {.backend = FD_BACKEND_REFERENCE, .backward = [](const fd_backward_args* args, void*, std::size_t, void*) {
                    return chain_now->call(*args, *scratch_now, *options_now);
                  }});
-    EXPECT_TRUE(out.ds.guards_intact() && out.dv.guards_intact() && out.dbeta.guards_intact());
+    EXPECT_TRUE(out.ds.guards_intact() && out.dv.guards_intact());
     return out;
   }
 
@@ -111,15 +105,14 @@ class Chain {
     for (int n = 0; n < c_.N(); ++n) {
       for (int hv = 0; hv < c_.HV; ++hv) {
         const HeadReference& reference = references_.at({n, hv});
-        Error ds, dv, dbeta, dinitial;
+        Error ds, dv, dinitial;
         for (std::size_t chunk = 0; chunk < reference.chunks.size(); ++chunk) {
           const int slot = first_slot(n) + static_cast<int>(chunk);
           used[static_cast<std::size_t>(slot)] = true;
-          compare_chunk(run, reference.chunks[chunk], slot, hv, ds, dv, dbeta);
+          compare_chunk(run, reference.chunks[chunk], slot, hv, ds, dv);
         }
         judge("ds", ds);
         judge("dv", dv);
-        judge("dbeta", dbeta);
         if (options.dv) compare_tensor(run, reference, n, hv);
         if (!c_.initial_state) continue;
         const std::vector<double>& got = run.results.at("dinitial_state").values.x;
@@ -166,10 +159,6 @@ class Chain {
       const std::int64_t head = scratch_.head(slot, hv);
       write_tile(scratch_.t + head * cuda::TILE, c_.dtype, tiles.T.data(), C, true);
       write_tile(scratch_.p + head * cuda::TILE, c_.dtype, tiles.P.data(), C);
-      for (int b = 0; b < blocks(); ++b) {
-        write_tile(scratch_.r + scratch_.block(slot, hv, b) * cuda::TILE, c_.dtype, tiles.R.data() + b * cuda::VALUES,
-                   static_cast<int>(c_.V));
-      }
       cuda::ChunkVectors& v = scratch_.vectors[head];
       for (int i = 0; i < C; ++i) {
         const auto at = static_cast<std::size_t>(i);
@@ -219,19 +208,16 @@ class Chain {
     return chain(args, scratch, waves(options), options.sm_count, options.schedule);
   }
 
-  void compare_chunk(const Run& run, const ChunkTiles& tiles, int slot, int hv, Error& ds, Error& dv, Error& dbeta) const {
+  void compare_chunk(const Run& run, const ChunkTiles& tiles, int slot, int hv, Error& ds, Error& dv) const {
     const int V = static_cast<int>(c_.V);
-    std::vector<double> state(static_cast<std::size_t>(K * V)), rows(static_cast<std::size_t>(C * V)), sums(C);
+    std::vector<double> state(static_cast<std::size_t>(K * V)), rows(static_cast<std::size_t>(C * V));
     for (int b = 0; b < blocks(); ++b) {
       const std::int64_t block = scratch_.block(slot, hv, b);
       read_state_tile(run.ds.data() + block * cuda::STATE_TILE, c_.dtype, state, V, b * cuda::VALUES);
       read_tile(run.dv.data() + block * cuda::TILE, c_.dtype, rows.data() + b * cuda::VALUES, V);
-      const float* parts = reinterpret_cast<const float*>(run.dbeta.data()) + block * C;
-      for (std::size_t i = 0; i < C; ++i) sums[i] += parts[i];
     }
     for (std::size_t i = 0; i < state.size(); ++i) ds.add(state[i], tiles.dS1[i]);
     for (std::size_t i = 0; i < rows.size(); ++i) dv.add(rows[i], tiles.dv[i]);
-    for (std::size_t i = 0; i < static_cast<std::size_t>(tiles.tokens); ++i) dbeta.add(sums[i], tiles.dbeta_part[i]);
   }
 
   // The tensor has what scratch memory has.
@@ -259,13 +245,13 @@ class Chain {
       const unsigned char* from = memory.data() + slot * each;
       return std::all_of(from, from + each, [](unsigned char x) { return x == 0xff; });
     };
-    return poison(run.ds) && poison(run.dv) && poison(run.dbeta);
+    return poison(run.ds) && poison(run.dv);
   }
 
   const Case c_;
   const Data d_;
   std::map<std::pair<int, int>, HeadReference> references_;
-  mutable Memory vectors_, t_, p_, r_;
+  mutable Memory vectors_, t_, p_;
   cuda::Scratch scratch_{};
 };
 
@@ -273,7 +259,7 @@ bool same_scratch(const Chain::Run& a, const Chain::Run& b) {
   const auto same = [](const Memory& x, const Memory& y) {
     return x.size() == y.size() && std::equal(x.data(), x.data() + x.size(), y.data());
   };
-  return same(a.ds, b.ds) && same(a.dv, b.dv) && same(a.dbeta, b.dbeta);
+  return same(a.ds, b.ds) && same(a.dv, b.dv);
 }
 
 Case chain_case(std::vector<std::int64_t> lengths) {
@@ -323,12 +309,11 @@ std::vector<Case> chain_cases() {
   return list;
 }
 
-// Relative error of dS, dv, <dV', R> and the initial state's gradient: what is rounded to 16 bits, on the way and at the
-// end.
+// Relative error of dS, dv and the initial state's gradient: what is rounded to 16 bits, on the way and at the end.
 void expect_close(const Chain& chain, const Chain::Run& run, const Options& options) {
   const Case& c = chain.parameters();
   const double limit = (c.hard() ? 0.01 : 0.005) / (c.dtype == FD_FLOAT16 ? 8 : 1);
-  for (const auto& [name, error] : chain.errors(run, options)) EXPECT_LE(error, name == "dbeta" ? 2 * limit : limit) << name;
+  for (const auto& [name, error] : chain.errors(run, options)) EXPECT_LE(error, limit) << name;
 }
 
 class EmulatedChainCases : public ::testing::TestWithParam<Case> {};

@@ -33,13 +33,11 @@ constexpr double LOG2E = 1.4426950408889634, L2NORM_EPS = 1e-6;
 
 // The tiles that the kernels read, and what Wave has no place for.
 struct GradientWave : Wave {
-  testing::Memory ds, dv, dbeta;
+  testing::Memory ds, dv;
 
-  explicit GradientWave(const Case& c)
-      : Wave(c), ds(s.size()), dv(r.size()), dbeta(r.size() / cuda::TILE * C * sizeof(float)) {
+  explicit GradientWave(const Case& c) : Wave(c), ds(s.size()), dv(r.size()) {
     scratch.ds = ds.data();
     scratch.dv = dv.data();
-    scratch.dbeta = reinterpret_cast<float*>(dbeta.data());
   }
 };
 
@@ -78,13 +76,6 @@ void fill(GradientWave& wave, const Case& c, const Data& d, std::int64_t n, std:
       write_state_tile(wave.scratch.ds + at * cuda::STATE_TILE, c.dtype, tiles.dS1, V, b * 64);
       write_tile(wave.scratch.r + at * cuda::TILE, c.dtype, tiles.R.data() + b * 64, V);
       write_tile(wave.scratch.dv + at * cuda::TILE, c.dtype, tiles.dv.data() + b * 64, V);
-      for (int i = 0; i < C; ++i) {
-        double sum = 0;
-        for (int v = b * 64; v < b * 64 + 64; ++v) {
-          sum += tiles.dV[static_cast<std::size_t>(i * V + v)] * tiles.R[static_cast<std::size_t>(i * V + v)];
-        }
-        wave.scratch.dbeta[at * C + i] = static_cast<float>(sum);
-      }
     }
   }
 }
