@@ -11,6 +11,8 @@ namespace flashdelta::cuda {
 // fp32 (the blocks in different banks), then minus the transposed inverse of its 16 x 16 block in fp16 (`inverse_piece`).
 constexpr int DIAGONAL_BLOCK = 272, INVERSE_BYTES = 2 * DIAGONAL_BLOCK;
 
+// Changes the address of the first of a tile's 16 x 16 blocks in a row of a swizzled tile to that of block `b`.
+__device__ __forceinline__ uint32_t block_offset(int b) { return static_cast<uint32_t>(b) << 5; }
 // Byte offset of columns 8 `piece`.. of row `row`: eight rows in a row lie in different banks.
 __device__ __forceinline__ uint32_t inverse_piece(int row, int piece) {
   return static_cast<uint32_t>(row * 32 + ((piece ^ (row >> 2 & 1)) << 4));
@@ -82,62 +84,89 @@ __device__ __forceinline__ void gate_transposed(uint32_t (&out)[4], const float 
 
 // Rows 16 w.. of the transposed inverse, X_i = T0^T[w][i] for i >= w, by forward substitution over blocks:
 //   -X_w = -D_w^T,  -X_i = (sum_{w <= k < i} -X_k L_ik^T) (-D_i^T)
-// with minus the diagonal inverses D and the blocks L in scratch; gated and rounded into the tile. `first`: -X_w.
-// One piece of code for all warps, because four would not fit in the cache of instructions.
+// with minus the diagonal inverses D and the blocks L in scratch. One piece of code for all warps, because four would not
+// fit in the cache of instructions.
+struct SolverPlace {
+  uint32_t rows;     // of L: the lane's row of the ldmatrix of block (w, 0)
+  uint32_t inverse;  // likewise of D_w
+  uint32_t tile;     // the lane's row of the stmatrix of block (w, 0) of the tile
+  int w;
+
+  __device__ __forceinline__ SolverPlace(uint32_t tile_, uint32_t inverses, int w_, int lane)
+      : rows(tile_ + swizzled(16 * w_ + (lane & 7) + 8 * (lane >> 4), lane >> 3 & 1)),
+        inverse(inverses + w_ * INVERSE_BYTES + inverse_piece(lane & 15, lane >> 4)),
+        tile(tile_ + swizzled(16 * w_ + (lane & 15), lane >> 4)),
+        w(w_) {}
+};
+
+// What step J, of X_{w + J}, needs besides the blocks before; past the last step any of the blocks, so that no load is
+// conditional: its registers would be taken all the time.
+template <int J>
+struct SolverStep {
+  uint32_t l[J][4], d[4];  // L_ik, -D_i^T
+  __device__ __forceinline__ void load(const SolverPlace& at) {
+    const int row = at.w + J > 3 ? 3 - at.w : J;
+#pragma unroll
+    for (int k = 0; k < J; ++k) load_matrices(l[k], (at.rows ^ block_offset(at.w + k > 2 ? 2 : at.w + k)) + row * 2048);
+    load_matrices_transposed(d, at.inverse + row * INVERSE_BYTES);
+  }
+};
+
+// d += a b, 16 x 16 each.
+__device__ __forceinline__ void mma_half(float (&d)[2][4], const uint32_t (&a)[4], const uint32_t (&b)[4]) {
+  mma_half(d[0], a, b[0], b[1]);
+  mma_half(d[1], a, b[2], b[3]);
+}
+
+// Steps from J on. `x`: the blocks before; `y`: the last of them before rounding; `sum`: of step J, but for the last block.
+template <typename T, bool FACTORED, int J>
+__device__ __forceinline__ void solve_rows(const SolverPlace& at, const SolverStep<J>& step, const uint32_t (&x)[J][4],
+                                           const float (&y)[8], float (&sum)[2][4], const float* later,
+                                           float2 minus_earlier) {
+  // The products' latencies are the time this takes: what can be done beside them is.
+  SolverStep<J + 1> next;
+  if constexpr (J < 3) next.load(at);
+  mma_half(sum, x[J - 1], step.l[J - 1]);  // of no use after the last step
+  uint32_t out[4];
+  gate_transposed<T, FACTORED>(out, y, minus_earlier, later + 16 * (J - 1));
+  store_matrices(at.tile ^ block_offset(at.w + J - 1), out[0], out[1], out[2], out[3]);
+  if (at.w + J > 3) return;
+  const uint32_t a[4] = {pack<__half>(sum[0][0], sum[0][1]), pack<__half>(sum[0][2], sum[0][3]),
+                         pack<__half>(sum[1][0], sum[1][1]), pack<__half>(sum[1][2], sum[1][3])};
+  float z[2][4] = {};
+  mma_half(z, a, step.d);
+  const float flat[8] = {z[0][0], z[0][1], z[0][2], z[0][3], z[1][0], z[1][1], z[1][2], z[1][3]};
+  if constexpr (J == 3) {
+    gate_transposed<T, FACTORED>(out, flat, minus_earlier, later + 16 * J);
+    store_matrices(at.tile ^ block_offset(at.w + J), out[0], out[1], out[2], out[3]);
+  } else {
+    float next_sum[2][4] = {};
+    uint32_t xs[J + 1][4];
+#pragma unroll
+    for (int k = 0; k < J; ++k) {
+      mma_half(next_sum, x[k], next.l[k]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) xs[k][i] = x[k][i];
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) xs[J][i] = pack<__half>(flat[2 * i], flat[2 * i + 1]);
+    solve_rows<T, FACTORED>(at, next, xs, flat, next_sum, later, minus_earlier);
+  }
+}
+
 template <typename T, bool FACTORED>
-__device__ __forceinline__ void solve_rows(const uint32_t (&first)[4], uint32_t tile, uint32_t inverses,
-                                           const ChunkGates& gates, float2 minus_earlier, int w, int lane) {
-  const int r8 = lane & 7, upper = (lane >> 3) & 1, right = lane >> 4;  // the lane's row of the ldmatrix of 16 x 16
-  const float* later = (FACTORED ? gates.rise : gates.gam) + 16 * w + 2 * (lane & 3);
-  const uint32_t inverse = inverses + w * INVERSE_BYTES + inverse_piece(lane & 15, right);
-  const uint32_t row = tile + (16 * w + (lane & 15)) * 128;
-  uint32_t x[4][4];
+__device__ __forceinline__ void solve(const SolverPlace& at, const SolverStep<1>& step, const uint32_t (&x)[4],
+                                      const float* later, float2 minus_earlier) {
+  float y[8], sum[2][4] = {};
+  uint32_t xs[1][4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) x[0][i] = first[i];
-  uint32_t l[4][4], d[4];  // of the next step
-  const auto load = [&](int j) {
-    const uint32_t l_row = tile + (16 * (w + j) + r8 + 8 * right) * 128;
-#pragma unroll
-    for (int k = 0; k < j; ++k) load_matrices(l[k], l_row + (((2 * (w + k) + upper) ^ r8) << 4));
-    load_matrices_transposed(d, inverse + j * INVERSE_BYTES);
-  };
-  if (w < 3) load(1);
-  {
-    float y[8];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float2 pair = unpack<__half>(x[0][j]);
-      y[2 * j] = pair.x;
-      y[2 * j + 1] = pair.y;
-    }
-    uint32_t out[4];
-    gate_transposed<T, FACTORED>(out, y, minus_earlier, later);
-    store_matrices(row + (((2 * w + right) ^ r8) << 4), out[0], out[1], out[2], out[3]);
+  for (int i = 0; i < 4; ++i) {
+    xs[0][i] = x[i];
+    const float2 pair = unpack<__half>(x[i]);
+    y[2 * i] = pair.x;
+    y[2 * i + 1] = pair.y;
   }
-#pragma unroll
-  for (int j = 1; j < 4; ++j) {
-    if (w + j > 3) break;
-    float sum[2][4] = {};
-#pragma unroll
-    for (int k = 0; k < j; ++k) {
-      mma_half(sum[0], x[k], l[k][0], l[k][1]);
-      mma_half(sum[1], x[k], l[k][2], l[k][3]);
-    }
-    const uint32_t a[4] = {pack<__half>(sum[0][0], sum[0][1]), pack<__half>(sum[0][2], sum[0][3]),
-                           pack<__half>(sum[1][0], sum[1][1]), pack<__half>(sum[1][2], sum[1][3])};
-    float y[2][4] = {};
-    mma_half(y[0], a, d[0], d[1]);
-    mma_half(y[1], a, d[2], d[3]);
-    if (j < 3 && w + j < 3) load(j + 1);
-    x[j][0] = pack<__half>(y[0][0], y[0][1]);
-    x[j][1] = pack<__half>(y[0][2], y[0][3]);
-    x[j][2] = pack<__half>(y[1][0], y[1][1]);
-    x[j][3] = pack<__half>(y[1][2], y[1][3]);
-    const float flat[8] = {y[0][0], y[0][1], y[0][2], y[0][3], y[1][0], y[1][1], y[1][2], y[1][3]};
-    uint32_t out[4];
-    gate_transposed<T, FACTORED>(out, flat, minus_earlier, later + 16 * j);
-    store_matrices(row + (((2 * (w + j) + right) ^ r8) << 4), out[0], out[1], out[2], out[3]);
-  }
+  solve_rows<T, FACTORED>(at, step, xs, y, sum, later, minus_earlier);
 }
 
 // Times Gam: e^(gam_row - gam_column), where the exponents cannot be taken apart.
@@ -161,7 +190,7 @@ __device__ __forceinline__ void write_queries(const float (&qk)[32], uint32_t ti
   // What stays of each pair of elements of a diagonal block.
   const int distance = (lane >> 2) - 2 * (lane & 3);
   const uint32_t below = (distance >= 0 ? 0xffffu : 0u) | (distance >= 1 ? 0xffff0000u : 0u);
-  const uint32_t at = tile_p + (16 * w + (lane & 15)) * 128;
+  const uint32_t at = tile_p + swizzled(16 * w + (lane & 15), lane >> 4);
 #pragma unroll
   for (int b = 0; b < 4; ++b) {
     if (b > w) break;  // the fewer blocks here, the more in solve_rows
@@ -174,7 +203,7 @@ __device__ __forceinline__ void write_queries(const float (&qk)[32], uint32_t ti
       y[2 * n + 1] = pack<T>(x[2] * (rows.y * c.x), x[3] * (rows.y * c.y));
     }
     const uint32_t keep = b == w ? below : ~0u;
-    store_matrices(at + (((2 * b + (lane >> 4)) ^ (lane & 7)) << 4), y[0] & keep, y[1], b == w ? 0 : y[2], y[3] & keep);
+    store_matrices(at ^ block_offset(b), y[0] & keep, y[1], b == w ? 0 : y[2], y[3] & keep);
   }
 }
 
@@ -203,8 +232,7 @@ template <typename T, bool NORM, bool QUERIES = true>
 __device__ __forceinline__ void make_tiles(uint32_t tile_k, uint32_t tile_q, uint32_t tile_t, uint32_t tile_p,
                                            uint32_t inverses, const ChunkGates& gates, int barrier, int warp, int lane_) {
   int lane = opaque(lane_), row = 16 * warp + (lane >> 2), column = 2 * (lane & 3);
-  const int r8 = lane & 7, right = lane >> 4;
-  const uint32_t own_row = (16 * warp + (lane & 15)) * 128, scratch = inverses + warp * INVERSE_BYTES;
+  const uint32_t own_row = swizzled(16 * warp + (lane & 15), lane >> 4), scratch = inverses + warp * INVERSE_BYTES;
   float kk[32];
   begin_product<T>(kk, tile_k, tile_k);
   [[maybe_unused]] float qk[32];
@@ -233,7 +261,7 @@ __device__ __forceinline__ void make_tiles(uint32_t tile_k, uint32_t tile_q, uin
     }
     const uint32_t y[4] = {pack<__half>(l[0], l[1]), pack<__half>(l[2], l[3]), pack<__half>(l[4], l[5]),
                            pack<__half>(l[6], l[7])};
-    store_matrices(tile_t + own_row + (((2 * b + right) ^ r8) << 4), y[0], y[1], y[2], y[3]);
+    store_matrices((tile_t + own_row) ^ block_offset(b), y[0], y[1], y[2], y[3]);
     if (b == warp) {
       corner = y[1];
       const uint32_t at = scratch + (lane >> 2) * 32 + (lane & 3) * 8;
@@ -247,7 +275,7 @@ __device__ __forceinline__ void make_tiles(uint32_t tile_k, uint32_t tile_q, uin
   if constexpr (QUERIES) {
 #pragma unroll
     for (int b = 1; b < 4; ++b) {
-      if (b > warp) store_matrices(tile_p + own_row + (((2 * b + right) ^ r8) << 4), 0, 0, 0, 0);
+      if (b > warp) store_matrices((tile_p + own_row) ^ block_offset(b), 0, 0, 0, 0);
     }
   }
   __syncwarp();
@@ -270,21 +298,26 @@ __device__ __forceinline__ void make_tiles(uint32_t tile_k, uint32_t tile_q, uin
   }
   named_barrier(barrier, 128);  // L and the inverses are written
   lane = opaque(lane);
+  const SolverPlace place(tile_t, inverses, warp, lane);
+  SolverStep<1> step;
+  step.load(place);
   if constexpr (QUERIES) {
     if (!factored) decay_queries(qk, gates, 16 * warp + (lane >> 2), 2 * (lane & 3));
     write_queries<T>(qk, tile_p, rows, columns, warp, lane);
   }
-  lane = opaque(lane);
+  const float* later = (factored ? gates.rise : gates.gam) + 16 * warp + 2 * (lane & 3);
   if (factored) {
-    solve_rows<T, true>(x, tile_t, inverses, gates, minus_earlier, warp, lane);
+    solve<T, true>(place, step, x, later, minus_earlier);
   } else {
-    solve_rows<T, false>(x, tile_t, inverses, gates, minus_earlier, warp, lane);
+    solve<T, false>(place, step, x, later, minus_earlier);
   }
   named_barrier(barrier, 128);  // nobody reads L and the inverses any more
   lane = opaque(lane);
 #pragma unroll
   for (int b = 0; b < 3; ++b) {
-    if (b < warp) store_matrices(tile_t + swizzled(16 * warp + (lane & 15), 2 * b + (lane >> 4)), 0, 0, 0, 0);
+    if (b < warp) {
+      store_matrices((tile_t + swizzled(16 * warp + (lane & 15), lane >> 4)) ^ block_offset(b), 0, 0, 0, 0);
+    }
   }
   fence_async_shared();
 }
