@@ -106,7 +106,8 @@ fd_status launch_finish(const FinishParameters& p, int sm_count, void* stream) {
   const Launch config{.name = "finish_kernel",
                       .grid = dim3(static_cast<unsigned>(blocks)),
                       .block = dim3(THREADS_PER_BLOCK),
-                      .shared = THREADS_PER_BLOCK * sizeof(ParameterSums)};
+                      .shared = THREADS_PER_BLOCK * sizeof(ParameterSums),
+                      .overlap = true};
   return launch(finish_kernel, config, p, stream);
 }
 

@@ -11,7 +11,8 @@ fd_status launch_gradients(const GradientParameters& p, bool bfloat16, int sm_co
   const Launch config{.name = "gradients_kernel",
                       .grid = dim3(static_cast<unsigned>(std::min<int64_t>(items, sm_count))),
                       .block = dim3(gradients::THREADS),
-                      .shared = sizeof(gradients::SharedMemory)};
+                      .shared = sizeof(gradients::SharedMemory),
+                      .overlap = true};
   return bfloat16 ? launch(gradients_kernel<__nv_bfloat16>, config, p, stream)
                   : launch(gradients_kernel<__half>, config, p, stream);
 }

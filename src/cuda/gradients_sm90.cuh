@@ -2,8 +2,8 @@
 // persistent block takes work items (chunk, key head) and walks the value heads of the key head; dq and dk stay in registers
 // over them. See docs/kernels.md.
 //
-//   warpgroup 0, warps 0, 1    states     <dS, S>
-//                warp 2        gates      sums of all roles -> dg, dbeta
+//   warpgroup 0, warp 0        states     <dS, S>
+//                warps 1, 2    gates      sums of all roles -> dg, dbeta, of alternate value heads
 //                warp 3        loads      items, all tiles
 //   warpgroup 1                queries    dq
 //   warpgroup 2                keys       dk, by the same code
@@ -111,12 +111,12 @@ __device__ __forceinline__ void load(const GradientParameters& p, SharedMemory& 
   barrier_arrive(barrier_address(shared, ITEM_FULL, items.stage));
 }
 
-// --- states: <dS, S> of each value head; `turn`: of two warps
+// --- states: <dS, S> of each value head
 
-// The diagonal of dS^T S by blocks of 16 values, 16 keys at a time: each warp takes half of the keys. Half of the sums are
-// used; one by one on other units they take longer than everything else that a block of values waits for.
+// The diagonal of dS^T S by blocks of 16 values, 16 keys at a time. A sixteenth of the sums is used; one by one on other
+// units these take longer than everything else that a block of values waits for.
 template <typename T>
-__device__ __forceinline__ void sum_states(const GradientParameters& p, SharedMemory& shared, int turn, int lane) {
+__device__ __forceinline__ void sum_states(const GradientParameters& p, SharedMemory& shared, int lane) {
   Ring items, blocks, heads;
   const int group = p.scratch.value_heads / p.heads;
   while (true) {
@@ -129,11 +129,11 @@ __device__ __forceinline__ void sum_states(const GradientParameters& p, SharedMe
       float upper[4] = {}, lower[4] = {};  // 8 of the 16 values each
       for (int b = 0; b < p.scratch.value_blocks; ++b) {
         wait_full(shared, BLOCK_FULL, blocks);
-        const uint32_t s = shared_address(shared.blocks[blocks.stage].s) + turn * TILE;
-        const uint32_t ds = shared_address(shared.blocks[blocks.stage].ds) + turn * TILE;
+        const uint32_t s = shared_address(shared.blocks[blocks.stage].s);
+        const uint32_t ds = shared_address(shared.blocks[blocks.stage].ds);
 #pragma unroll 2
-        for (int piece = 0; piece < 16; ++piece) {
-          const uint32_t at = Lane(0).at(piece / 4, piece % 4);
+        for (int piece = 0; piece < 32; ++piece) {
+          const uint32_t at = piece / 16 * TILE + Lane(0).at(piece / 4 % 4, piece % 4);
           uint32_t x[4], y[4];
           load_matrices(x, ds + at);
           load_matrices(y, s + at);
@@ -147,14 +147,15 @@ __device__ __forceinline__ void sum_states(const GradientParameters& p, SharedMe
       const int right = 2 * (lane & 3) - (lane >> 2);
       const float total = warp_sum(right == 0 ? upper[0] + lower[2] : right == -1 ? upper[1] + lower[3] : 0.0f);
       wait_free(shared, SUMS_FREE, heads);
-      if (lane == 0) shared.sums[heads.stage].state[turn] = total;
+      if (lane == 0) shared.sums[heads.stage].state = total;
       arrive_each(shared, SUMS_FULL, heads);
       heads.next<HEADS>();
     }
   }
 }
 
-// --- gates: lane l has tokens l and l + 32
+// --- gates: lane l has tokens l and l + 32. Two warps take turns: what each head waits for in global memory is longer than
+// what a head may take.
 
 struct GateGradient {
   float a, A_log, dt_bias;  // of the gate as given, and what it adds for the head's parameters
@@ -215,19 +216,22 @@ __device__ __forceinline__ void gather(const Sums& sums, const ChunkVectors& vec
   a[0] += __shfl_sync(~0u, a[1], 0);
   const float half = __shfl_sync(~0u, w[0], 31);
   const float before[2] = {__shfl_up_sync(~0u, w[0], 1), __shfl_up_sync(~0u, w[1], 1)};
-  const float last = vectors.rise[CHUNK - 1] * (sums.state[0] + sums.state[1]);
+  const float last = vectors.rise[CHUNK - 1] * sums.state;
   dg[0] = a[0] + (lane > 0 ? before[0] : 0.0f) + last;
   dg[1] = a[1] + (half + (lane > 0 ? before[1] : 0.0f)) + last;
 }
 
-__device__ __forceinline__ void write_gates(const GradientParameters& p, SharedMemory& shared, int lane) {
-  Ring items, heads;
+__device__ __forceinline__ void write_gates(const GradientParameters& p, SharedMemory& shared, int turn, int lane) {
+  Ring items;
+  uint32_t head_count = 0;  // so far
   const int group = p.scratch.value_heads / p.heads;
   while (true) {
     wait_full(shared, ITEM_FULL, items);
     const Item& item = shared.items[items.stage];  // read again where needed: registers are short
     if (item.slot < 0) break;
     for (int i = 0; i < group; ++i) {
+      const Ring heads = ring_at<HEADS>(head_count++);
+      if (heads.stage != turn) continue;
       const int value_head = item.head * group + i;
       float dg[2], dbeta[2];
       wait_full(shared, VECTORS_FULL, heads);
@@ -235,7 +239,6 @@ __device__ __forceinline__ void write_gates(const GradientParameters& p, SharedM
       gather(shared.sums[heads.stage], shared.vectors[heads.stage], dg, dbeta, lane);
       arrive(shared, VECTORS_FREE, heads, lane);
       arrive_each(shared, SUMS_FREE, heads);
-      heads.next<HEADS>();
 
       float2 sum = {0.0f, 0.0f};
 #pragma unroll 1
@@ -472,9 +475,11 @@ __global__ void __launch_bounds__(gradients::THREADS, 1) gradients_kernel(const 
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 % 4, 0), lane = static_cast<int>(threadIdx.x) % 32;
 
   if (threadIdx.x == 0) {
-    constexpr int rows = 8, triangles = 4, states = 2, gates = 1, all = rows + triangles + states + gates;  // warps
-    const int arrivals[BARRIERS] = {
-        1, all, 1, rows + triangles, 1, all - gates, 1, all - states, triangles, rows, 32 * (all - gates), 32 * gates, 2};
+    // Warps. Of the two for gates one has a head's vectors and sums.
+    constexpr int rows = 8, triangles = 4, states = 1, gates = 2, vectors = rows + triangles + 1,
+                  sums = rows + triangles + states;
+    const int arrivals[BARRIERS] = {1,       sums + gates, 1,    rows + triangles, 1,  sums, 1,
+                                    vectors, triangles,    rows, 32 * sums,        32, 2};
     init_barriers(shared, arrivals);
   }
   if (p.has_do == 0) {
@@ -488,14 +493,15 @@ __global__ void __launch_bounds__(gradients::THREADS, 1) gradients_kernel(const 
   }
   fence_async_shared();
   __syncthreads();
+  allow_later_kernels();
   wait_for_earlier_kernels();
 
   if (warpgroup == 0) {
     fewer_registers<PRODUCER_REGISTERS>();
-    if (warp < 2) {
-      sum_states<T>(p, shared, warp, lane);
-    } else if (warp == 2) {
-      write_gates(p, shared, lane);
+    if (warp == 0) {
+      sum_states<T>(p, shared, lane);
+    } else if (warp < 3) {
+      write_gates(p, shared, warp - 1, lane);
     } else if (lane == 0) {
       load(p, shared);
     }

@@ -56,8 +56,8 @@ struct Sums {
   float diagonal[CHUNK];      // dP_ii q_i.k_i / beta_i
   float own[CHUNK];           // <dv_i, R_i>
   float overlap[CHUNK];       // sum over j of (k_i.k_j)^2, j = i left out
-  float state[2];             // <dS, S>: halves of the keys
-  float padding[2];
+  float state;                // <dS, S>
+  float padding[3];
 };
 
 struct alignas(1024) SharedMemory {

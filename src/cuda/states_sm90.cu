@@ -383,6 +383,7 @@ __global__ void __launch_bounds__(Shape<STATE>::THREADS, 1) states_kernel(const 
     init_barriers(shared, arrivals);
   }
   __syncthreads();
+  allow_later_kernels();
   wait_for_earlier_kernels();
 
   if (warpgroup == 0) {
@@ -409,7 +410,8 @@ fd_status launch_variant(const StatesParameters& p, int sm_count, void* stream) 
   const Launch config{.name = "states_kernel",
                       .grid = dim3(static_cast<unsigned>(std::min(items, sm_count))),
                       .block = dim3(Shape<STATE>::THREADS),
-                      .shared = sizeof(SharedMemory<STATE>)};
+                      .shared = sizeof(SharedMemory<STATE>),
+                      .overlap = true};
   return launch(states_kernel<T, STATE, TILES>, config, p, stream);
 }
 
