@@ -169,15 +169,14 @@ def _run(
         if initial_state is not None and initial_index is not None:
             kept = (initial_index >= 0).view(-1, 1, 1, 1)
             initial_state = torch.where(kept, initial_state[initial_index.clamp(min=0).long()], 0)
-        o, final_state, _ = ops.forward_train(
-            q, k, v, g, beta, A_log, dt_bias, cu_seqlens, initial_state, output_final_state, recompute, *options
-        )
+        inputs = (q, k, v, g, beta, A_log, dt_bias, cu_seqlens, initial_state)
+        o, final_state = ops.train(*inputs, output_final_state, recompute, *options)
     else:
         N = 1 if cu_seqlens is None else max(cu_seqlens.shape[0] - 1, 1)
         few = q.shape[1] <= step_tokens * N
-        inputs = (q, k, v, g, beta, A_log, dt_bias, cu_seqlens, initial_state, initial_index)
-        o, final_state = (ops.step if few else ops.forward)(*inputs, output_final_state, *options)
-        _direct.remember(asked, given, inputs, _lib.STEP if few else _lib.FORWARD, options, bool(output_final_state))
+        used = (q, k, v, g, beta, A_log, dt_bias, cu_seqlens, initial_state, initial_index)
+        o, final_state = (ops.step if few else ops.forward)(*used, output_final_state, *options)
+        _direct.remember(asked, given, used, _lib.STEP if few else _lib.FORWARD, options, bool(output_final_state))
     return o, final_state if output_final_state else None
 
 

@@ -48,6 +48,15 @@ def _unseen() -> bool:
     )
 
 
+def is_eager(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the kernel of an operator may be called without PyTorch's dispatcher, which would do nothing but call it."""
+    return (
+        not torch.compiler.is_dynamo_compiling()
+        and _unseen()
+        and all(t is None or (type(t) in _TENSOR_TYPES and t.device.type in _DEVICES and not t.is_neg()) for t in tensors)
+    )
+
+
 def _key(asked: tuple[Any, ...], tensors: Sequence[Any]) -> tuple[Any, ...]:
     """All that a call's plan, and whether it may go the short way, depend on."""
     grad = torch.is_grad_enabled()
@@ -67,13 +76,6 @@ def _autocast(q: Tensor) -> bool:
     return q.dtype is torch.float32 and torch.is_autocast_enabled(q.device.type)
 
 
-def _is_plain(t: Tensor, grad: bool) -> bool:
-    """Whether the short way does with a tensor what the long way does."""
-    if t.is_floating_point() and t.numel() == 1:  # the one contiguous tensor that could be a view of negated numbers
-        return False
-    return type(t) in _TENSOR_TYPES and t.device.type in _DEVICES and not t.is_neg() and not (grad and t.requires_grad)
-
-
 def remember(
     asked: tuple[Any, ...],
     tensors: tuple[Tensor | None, ...],
@@ -87,15 +89,15 @@ def remember(
     `asked`: function and options as the caller gave them; `tensors`: the caller's, in the order of the operation's struct;
     `used`: what the first of them became; `options`: as for `_plan.find`; `final_state`: whether the call made one.
     """
-    if torch.compiler.is_dynamo_compiling():
+    if not is_eager(tensors) or any(a is not b for a, b in zip(used, tensors, strict=False)):
         return
-    grad = torch.is_grad_enabled()
+    given = [t for t in tensors if t is not None]
     if (
-        not _unseen()
-        or any(a is not b for a, b in zip(used, tensors, strict=False))
-        or any(type(option) not in _OPTION_TYPES for option in asked)
-        or any(t is not None and not _is_plain(t, grad) for t in tensors)
-        or _autocast(tensors[0])  # type: ignore[arg-type]
+        any(type(option) not in _OPTION_TYPES for option in asked)
+        or (torch.is_grad_enabled() and any(t.requires_grad for t in given))
+        # The one contiguous tensor that could be a view of negated numbers.
+        or any(t.is_floating_point() and t.numel() == 1 for t in given)
+        or _autocast(given[0])
     ):
         return
     plan = _plan.find(operation, tensors, options)

@@ -132,8 +132,41 @@ def test_gradients_need_the_long_way(only_short: Call) -> None:
     with torch.no_grad():
         assert not flashdelta.forward(q, k, v, g, beta)[0].requires_grad
     assert not flashdelta.forward(q, k, v, g.detach(), beta)[0].requires_grad
-    with pytest.raises(LongWayError):
-        flashdelta.forward(q, k, v, g, beta)
+    assert flashdelta.forward(q, k, v, g, beta)[0].requires_grad
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_training_gives_the_operators_bits(recompute: bool) -> None:
+    results = []
+    *main, state = (t.requires_grad_() for t in inputs(T=70))
+    raw = [t.requires_grad_() for t in (torch.rand(4), torch.randn(4))]
+    for operator in (ops.train, ops.forward_train):
+        o, final_state = operator(*main, *raw, None, state, True, recompute, 0.5, True)[:2]
+        gradients = torch.autograd.grad(o.square().sum() + final_state.square().sum(), (*main, *raw, state))
+        results.append([o, final_state, *gradients])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert "_Train" in str(ops.train(*main)[0].grad_fn)
+
+
+def test_those_who_watch_training_see_the_operators() -> None:
+    leaves = [t.requires_grad_() for t in inputs(T=9)[:5]]
+    with Seen() as seen:
+        flashdelta.forward(*leaves)[0].sum().backward()
+    assert {"flashdelta.forward_train.default", "flashdelta.backward.default"} <= set(seen.names)
+    with Seen() as seen:
+        o, _ = flashdelta.forward(*leaves)
+    assert "flashdelta.backward.default" not in seen.names
+    o = flashdelta.forward(*leaves)[0]
+    with Seen() as seen:
+        o.sum().backward()
+    assert "flashdelta.backward.default" in seen.names
+    with torch.autograd.graph.save_on_cpu():
+        o = flashdelta.forward(*leaves)[0]
+    expected = [leaf.grad.clone() for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    o.sum().backward()
+    assert all(torch.equal(2 * leaf.grad, gradient) for leaf, gradient in zip(leaves, expected, strict=True))
 
 
 def test_conversions_need_the_long_way(only_short: Call) -> None:
