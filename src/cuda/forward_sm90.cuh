@@ -33,14 +33,11 @@ struct Item {
 
 // Barriers, each with its phase bit per stage. Who arrives -> who waits:
 enum Barrier {
-  KQ_FULL,     // copy engine -> state, auxiliary, (norms) gates
-  KQ_FREE,     // state, auxiliary, (norms) gates -> loader
-  V_FULL,      // copy engine -> state
-  V_FREE,      // state -> loader
-  GATES_FULL,  // gates -> state, auxiliary
-  GATES_FREE,  // state, auxiliary -> gates
-  TILES_FULL,  // auxiliary -> state
-  TILES_FREE,  // state -> auxiliary
+  KQ_FULL,     // copy engine -> auxiliary, (norms) gates
+  V_FULL,      // copy engine -> auxiliary
+  GATES_FULL,  // gates -> auxiliary
+  TILES_FULL,  // auxiliary, when K, Q, V and gates are there, too -> state
+  CHUNK_DONE,  // state, when nobody needs the chunk's K, Q, V, gates and tiles any more -> loader, gates, auxiliary
   O_FULL,      // state -> storer of O
   O_FREE,      // storer of O -> state
   ITEM_FULL,   // loader -> every other warp
@@ -77,6 +74,16 @@ struct alignas(1024) SharedMemory {
 
 static_assert(sizeof(SharedMemory<1>) <= 227 * 1024 && sizeof(SharedMemory<2>) <= 227 * 1024);
 
+// Waits until the block is done with chunk `count - stages`, whose place in a ring chunk `count` takes. CHUNK_DONE has
+// MAX_STAGES stages, as many as the longest ring.
+template <int STAGES, int STATE>
+__device__ __forceinline__ void wait_for_place(SharedMemory<STATE>& shared, uint32_t count) {
+  static_assert(STAGES <= MAX_STAGES);
+  if (count < STAGES) return;
+  const Ring done = ring_at<MAX_STAGES>(count - STAGES);
+  wait_full(shared, CHUNK_DONE, done);
+}
+
 // The next item, for every warp but the one that hands them out.
 template <int STATE>
 __device__ __forceinline__ Item take_item(SharedMemory<STATE>& shared, Ring& ring, int lane) {
@@ -97,7 +104,8 @@ template <int STATE>
 __device__ __forceinline__ void load_inputs(const ForwardParameters& p, SharedMemory<STATE>& shared) {
   using S = Shape<STATE>;
   constexpr int LAG = S::KQ - S::V;
-  Ring ring, values, items;
+  Ring items;
+  uint32_t keys_count = 0, values_count = 0;  // chunks loaded so far
   int index = blockIdx.x;
   const int group = p.value_heads / p.heads, per_run = p.value_heads * p.value_blocks;
   const int item_count = p.runs == nullptr ? p.items : *p.run_count * per_run;
@@ -126,7 +134,8 @@ __device__ __forceinline__ void load_inputs(const ForwardParameters& p, SharedMe
     const int head = item.value_head / group;
     for (int c = item.first; c < item.end + LAG; ++c) {
       if (c < item.end) {
-        wait_free(shared, KQ_FREE, ring);
+        const Ring ring = ring_at<S::KQ>(keys_count);
+        wait_for_place<S::KQ>(shared, keys_count++);
         const uint32_t full = barrier_address(shared, KQ_FULL, ring.stage);
         barrier_arrive_expect(full, 2 * CHUNK * KEYS * 2);
         const Place at = place(p, item, c * CHUNK);
@@ -135,10 +144,10 @@ __device__ __forceinline__ void load_inputs(const ForwardParameters& p, SharedMe
         tensor_load(k + 8192, &p.k, full, 64, at.token, head, at.third, at.fourth);
         tensor_load(q, &p.q, full, 0, at.token, head, at.third, at.fourth);
         tensor_load(q + 8192, &p.q, full, 64, at.token, head, at.third, at.fourth);
-        ring.next<S::KQ>();
       }
       if (c - LAG >= item.first) {
-        wait_free(shared, V_FREE, values);
+        const Ring values = ring_at<S::V>(values_count);
+        wait_for_place<S::V>(shared, values_count++);
         const uint32_t full = barrier_address(shared, V_FULL, values.stage);
         barrier_arrive_expect(full, S::V_BYTES);
         const Place at = place(p, item, (c - LAG) * CHUNK);
@@ -147,7 +156,6 @@ __device__ __forceinline__ void load_inputs(const ForwardParameters& p, SharedMe
           tensor_load(shared_address(shared.v[values.stage]) + w * 8192, &p.v, full, item.first_value + w * VALUES, at.token,
                       item.value_head, at.third, at.fourth);
         }
-        values.next<S::V>();
       }
     }
     index = static_cast<int>(gridDim.x + (p.next_item == nullptr ? index : atomicAdd(p.next_item, 1u)));
@@ -205,9 +213,8 @@ __device__ __forceinline__ void make_gates(const ForwardParameters& p, SharedMem
         wait_full<false>(shared, KQ_FULL, keys);
         nk = inverse_norms<T>(shared_address(shared.k[keys.stage]), p.l2norm_eps, lane);
         nq = inverse_norms<T>(shared_address(shared.q[keys.stage]), p.l2norm_eps, lane);
-        arrive(shared, KQ_FREE, keys, lane);
       }
-      wait_free<false>(shared, GATES_FREE, ring);
+      wait_for_place<Shape<STATE>::GATES>(shared, count);
       fill_gates<true>(shared.gates[ring.stage], tokens, nk, nq, p.scale, lane);
       arrive(shared, GATES_FULL, ring, lane);
     }
@@ -233,14 +240,13 @@ __device__ __forceinline__ void make_all_tiles(SharedMemory<STATE>& shared, int 
     for (const uint32_t end = count + static_cast<uint32_t>(chunks); count != end; ++count) {
       if (S::AUXILIARY == 1 || count % S::AUXILIARY == static_cast<uint32_t>(turn)) {
         const Ring keys = ring_at<S::KQ>(count), gates = ring_at<S::GATES>(count), tiles = ring_at<S::TILES>(count);
+        wait_for_place<S::TILES>(shared, count);
         wait_full(shared, KQ_FULL, keys);
         wait_full(shared, GATES_FULL, gates);
-        wait_free(shared, TILES_FREE, tiles);
         make_tiles<T, NORM>(shared_address(shared.k[keys.stage]), shared_address(shared.q[keys.stage]),
                             shared_address(shared.t[tiles.stage]), shared_address(shared.p[tiles.stage]),
                             shared_address(shared.inverses[turn]), shared.gates[gates.stage], 1 + turn, warp, lane);
-        arrive(shared, KQ_FREE, keys, lane);
-        arrive(shared, GATES_FREE, gates, lane);
+        wait_full(shared, V_FULL, ring_at<S::V>(count));
         arrive(shared, TILES_FULL, tiles, lane);
       }
     }
@@ -285,14 +291,14 @@ __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemo
 
     const int end = item.end;
     uint32_t y[16] = {};  // O of the chunk before, rounded
-    bool output_free = false, started = false;
+    bool output_free = false, started = false, tiles_full = false;
     for (int c = item.first; c < end;) {
       const int stop = keeps_states ? c + 1 : end;  // the states are kept outside of the loop that has to be fast
       for (; c < stop; ++c, ++count, started = true) {
         const Ring keys = ring_at<S::KQ>(count), values = ring_at<S::V>(count), gate_ring = ring_at<S::GATES>(count),
                    outputs = ring_at<S::O>(count - 1), tiles = ring_at<S::TILES>(count);
         float u[32], o[32];
-        if (!started) wait_full(shared, KQ_FULL, keys);
+        if (!tiles_full) wait_full(shared, TILES_FULL, tiles);
         const uint32_t tile_k = shared_address(shared.k[keys.stage]), tile_q = shared_address(shared.q[keys.stage]);
         wgmma_fence();
 #pragma unroll
@@ -305,7 +311,6 @@ __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemo
           }
         }
         wgmma_commit();
-        const bool gates_full = is_full(shared, GATES_FULL, gate_ring), values_full = is_full(shared, V_FULL, values);
         const auto write_last_output = [&] {
           if (!started) return;
           if (!output_free) wait_free(shared, O_FREE, outputs);
@@ -325,11 +330,8 @@ __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemo
         wgmma_commit();
 
         if constexpr (STATE == 1) write_last_output();  // wgmma_fence would wait for it
-        if (!gates_full) wait_full(shared, GATES_FULL, gate_ring);
-        if (!values_full) wait_full(shared, V_FULL, values);
         const ChunkGates& gates = shared.gates[gate_ring.stage];
         const uint32_t tile_v = shared_address(shared.v[values.stage]) + turn * 8192;
-        const bool tiles_full = is_full(shared, TILES_FULL, tiles);
         // With one state warpgroup U goes on while Q S is still computed, and what R needs is loaded meanwhile; with two,
         // the other one fills the tensor cores, and the registers of the operand are free sooner.
         uint32_t v[4][4];
@@ -354,9 +356,6 @@ __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemo
           x[2 * i + 1] = pack<T>(v1.x - f.x * u[4 * i + 2], v1.y - f.y * u[4 * i + 3]);
         }
         computed(x);
-        arrive(shared, V_FREE, values, lane);
-
-        if (!tiles_full) wait_full(shared, TILES_FULL, tiles);
         const uint32_t tile_t = shared_address(shared.t[tiles.stage]), tile_p = shared_address(shared.p[tiles.stage]);
         wgmma_fence();
 #pragma unroll
@@ -372,15 +371,10 @@ __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemo
         if (started) {
           arrive(shared, O_FULL, outputs, lane);
         }
-        // The state decays while T's product runs: neither between its instructions, which ptxas does within a block of
-        // code, nor after it. Hence the wait for the next K in between, which the auxiliary warpgroups had long before.
-        const Ring next_keys = ring_at<S::KQ>(count + 1);
-        const bool keys_full = is_full(shared, KQ_FULL, next_keys);
         const float decay = gates.decay;
 #pragma unroll
         for (int i = 0; i < 64; ++i) s[i] *= decay;
         accumulators_ready(s);
-        if (!keys_full && c + 1 < end) wait_full(shared, KQ_FULL, next_keys);
         wgmma_wait<1>();  // Q S: the operand's registers are free
         float2 write[8];
 #pragma unroll
@@ -406,6 +400,7 @@ __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemo
         }
         wgmma_commit();
         output_free = is_free(shared, O_FREE, ring_at<S::O>(count));
+        tiles_full = is_full(shared, TILES_FULL, ring_at<S::TILES>(count + 1));
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
           x[2 * j] = pack<T>(u[4 * j], u[4 * j + 1]);
@@ -424,14 +419,12 @@ __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemo
         wgmma_commit();
         wgmma_wait<1>();
         accumulators_ready(s);
-        arrive(shared, KQ_FREE, keys, lane);
-        arrive(shared, GATES_FREE, gate_ring, lane);
 #pragma unroll
         for (int i = 0; i < 32; ++i) a[i] = pack<T>(s[2 * i], s[2 * i + 1]);
         computed(a);
         wgmma_wait<0>();
         accumulators_ready(o);
-        arrive(shared, TILES_FREE, tiles, lane);
+        arrive(shared, CHUNK_DONE, ring_at<MAX_STAGES>(count), lane);
 #pragma unroll
         for (int i = 0; i < 16; ++i) y[i] = pack<T>(o[2 * i], o[2 * i + 1]);
       }
@@ -485,8 +478,7 @@ __global__ void __launch_bounds__(THREADS, 1) forward_kernel(const __grid_consta
 
   if (threadIdx.x == 0) {
     constexpr int state = 4 * STATE, auxiliary = 4;
-    const int arrivals[BARRIERS] = {
-        1, state + auxiliary + (NORM ? 1 : 0), 1, state, 1, state + auxiliary, auxiliary, state, state, 1, 1, 15};
+    const int arrivals[BARRIERS] = {1, 1, 1, auxiliary, state, state, 1, 1, 15};
     init_barriers(shared, arrivals);
   }
   __syncthreads();
