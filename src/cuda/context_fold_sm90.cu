@@ -48,19 +48,67 @@ __global__ void __launch_bounds__(WINDOW_THREADS) windows_kernel(const __grid_co
   if (thread == 0) p.windows[index * p.value_heads + value_head] = found;
 }
 
-namespace {
+// --- fold: a block for 8 or 4 values of each (cut sequence, value head)
 
-// --- fold: a block for 8 values of each (cut sequence, value head)
+namespace {
 
 struct StateFoldMemory {
   FoldMemory fold;
   int exact[MOST_RUNS];  // whether a run has a transition
 };
 
+// Run after run of the chain: state before run i + 1 = (state before run i) M_i + B_i, for the runs that have a transition;
+// the states after the others are known. Transitions are loaded while those before are used.
+template <typename Share>
+__device__ __forceinline__ void fold_states(const FoldParameters& p, StateFoldMemory& shared, Ring& ring, Ring& ahead,
+                                            const Chain& chain, int value_head, int group, int warp, int lane) {
+  const FoldShape<Share> own(warp, lane);
+  const int value = group * FoldShape<Share>::ROWS + own.row, thread = 32 * warp + lane;
+  const auto rows_of = [&](int run) {
+    return p.outcomes + (static_cast<int64_t>(chain.pre_run + run) * p.value_heads + value_head) * (p.values + KEYS) * KEYS;
+  };
+  int coming = 0;  // run whose transition may be loaded next, if it has one
+  const auto load_next = [&] {
+    while (coming < chain.runs && shared.exact[coming] == 0) ++coming;
+    if (coming == chain.runs) return;
+    load_transition(shared.fold, ahead, rows_of(coming) + static_cast<int64_t>(p.values) * KEYS);
+    ahead.next<FOLD_STAGES>();
+    ++coming;
+  };
+  if (thread == 0) {
+    for (int i = 0; i < FOLD_STAGES; ++i) load_next();
+  }
+  const auto start_of = [&](int run) {
+    const int64_t row = (static_cast<int64_t>(chain.start + run) * p.value_heads + value_head) * p.values + value;
+    return reinterpret_cast<Share*>(p.starts + row * KEYS + own.key);
+  };
+  // B of the next two runs is on its way.
+  const auto load_outcome = [&](int run) {
+    return run + 1 < chain.runs && shared.exact[run] != 0
+               ? *reinterpret_cast<const Share*>(rows_of(run) + value * KEYS + own.key)
+               : Share{};
+  };
+  Share next = load_outcome(1), after_next = load_outcome(2), state = {};
+  bool known = false;  // the state, from the run before
+  for (int i = 1; i + 1 < chain.runs; ++i) {
+    const Share b = next;
+    next = after_next;
+    after_next = load_outcome(i + 2);
+    if (shared.exact[i] == 0) {
+      known = false;
+      continue;
+    }
+    if (!known) state = *start_of(i);
+    state = next_state(shared.fold, ring, state, b, warp, lane);
+    ring.next<FOLD_STAGES>();
+    if (thread == 0) load_next();
+    *start_of(i + 1) = state;
+    known = true;
+  }
+}
+
 }  // namespace
 
-// Run after run of the chain: state before run i + 1 = (state before run i) M_i + B_i. Transitions are loaded
-// while those before are used.
 __global__ void __launch_bounds__(FOLD_THREADS) fold_kernel(const __grid_constant__ FoldParameters p) {
   extern __shared__ __align__(1024) uint8_t raw[];
   auto& shared = *reinterpret_cast<StateFoldMemory*>(raw);
@@ -69,59 +117,27 @@ __global__ void __launch_bounds__(FOLD_THREADS) fold_kernel(const __grid_constan
   __syncthreads();
   allow_later_kernels();
   wait_for_earlier_kernels();
-  const int groups = p.values / FOLD_ROWS, per_chain = p.value_heads * groups, items = p.plan->chains * per_chain;
+  const int chains = p.plan->chains;
+  if (chains == 0) return;
+  // As few rows as make use of all blocks where few heads have transitions.
+  const bool few = p.plan->exact_heads * chains * (p.values / 4) <= static_cast<int>(gridDim.x);
+  const int groups = p.values / (few ? 4 : 8), per_head = chains * groups;
   Ring ring, ahead;
-  for (int item = static_cast<int>(blockIdx.x); item < items; item += static_cast<int>(gridDim.x)) {
-    const Chain chain = p.chains[item / per_chain];
-    const int value_head = item % per_chain / groups;
-    const int value = item % groups * FOLD_ROWS + warp, key = 4 * lane;  // the thread's row and keys
-    const auto outcome_of = [&](int run) { return static_cast<int64_t>(chain.pre_run + run) * p.value_heads + value_head; };
-    const auto rows_of = [&](int run) { return p.outcomes + outcome_of(run) * (p.values + KEYS) * KEYS; };
-
-    // The first run started from the initial state, and one with a window has no transition.
+  for (int item = static_cast<int>(blockIdx.x); item < p.value_heads * per_head; item += static_cast<int>(gridDim.x)) {
+    const int value_head = p.heads_in_order[item / per_head];
+    const Chain chain = p.chains[item % per_head / groups];
     __syncthreads();  // the last item's are read
-    if (thread < chain.runs) {
-      shared.exact[thread] = thread > 0 && thread + 1 < chain.runs && p.windows[outcome_of(thread)] < 0 ? 1 : 0;
+    // The first run started from the initial state, and one with a window has no transition.
+    int exact = 0;
+    if (thread > 0 && thread + 1 < chain.runs) {
+      exact = p.windows[static_cast<int64_t>(chain.pre_run + thread) * p.value_heads + value_head] < 0 ? 1 : 0;
     }
+    if (thread < chain.runs) shared.exact[thread] = exact;
     __syncthreads();
-    int coming = 0;  // run whose transition may be loaded next, if it has one
-    const auto load_next = [&] {
-      while (coming < chain.runs && shared.exact[coming] == 0) ++coming;
-      if (coming == chain.runs) return;
-      load_transition(shared.fold, ahead, rows_of(coming) + static_cast<int64_t>(p.values) * KEYS);
-      ahead.next<FOLD_STAGES>();
-      ++coming;
-    };
-    if (thread == 0) {
-      for (int i = 0; i < FOLD_STAGES; ++i) load_next();
-    }
-
-    float4 state = make_float4(0, 0, 0, 0);
-    if (const int64_t row = p.initial.row(chain.sequence, 0); row >= 0) {
-      const StateLayout at = state_layout(p.initial, p.state_v_first != 0, row, value_head);
-      const int64_t first = at.base + value * at.value + key * at.key;
-      state = make_float4(p.initial.states[first], p.initial.states[first + at.key], p.initial.states[first + 2 * at.key],
-                          p.initial.states[first + 3 * at.key]);
-    }
-    // B of the next two runs is on its way.
-    const auto load_outcome = [&](int run) {
-      return run + 1 < chain.runs ? *reinterpret_cast<const float4*>(rows_of(run) + value * KEYS + key) : float4{};
-    };
-    float4 next = load_outcome(0), after_next = load_outcome(1);
-    for (int i = 0;; ++i) {
-      const int64_t start = (static_cast<int64_t>(chain.start + i) * p.value_heads + value_head) * p.values + value;
-      *reinterpret_cast<float4*>(p.starts + start * KEYS + key) = state;
-      if (i + 1 == chain.runs) break;
-      const float4 b = next;
-      next = after_next;
-      after_next = load_outcome(i + 2);
-      if (shared.exact[i] == 0) {
-        state = b;
-        continue;
-      }
-      state = next_state(shared.fold, ring, state, b, warp, lane);
-      ring.next<FOLD_STAGES>();
-      if (thread == 0) load_next();
+    if (few) {
+      fold_states<float2>(p, shared, ring, ahead, chain, value_head, item % groups, warp, lane);
+    } else {
+      fold_states<float4>(p, shared, ring, ahead, chain, value_head, item % groups, warp, lane);
     }
   }
 }
@@ -137,7 +153,7 @@ fd_status launch_windows(const WindowParameters& p, bool bfloat16, int64_t pre_r
 }
 
 fd_status launch_fold(const FoldParameters& p, int64_t chains, int sm_count, void* stream) {
-  const int64_t items = chains * p.value_heads * (p.values / FOLD_ROWS);
+  const int64_t items = chains * p.value_heads * (p.values / 4);
   const Launch config{.name = "fold_kernel",
                       .grid = dim3(static_cast<unsigned>(std::min<int64_t>(items, sm_count))),
                       .block = dim3(FOLD_THREADS),

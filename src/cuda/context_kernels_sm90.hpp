@@ -17,6 +17,7 @@ struct Plan {
   int runs[2];           // of the forward in its first shape and in its second; the one not chosen has none
   int pre_runs, chunks;  // of the pre-pass
   int chains;            // sequences that are cut
+  int exact_heads;       // that seem to need transitions
   unsigned next_item;    // of the forward
   unsigned next_walk;    // of the pre-pass
 };
@@ -25,6 +26,7 @@ struct Plan {
 struct PreRun {
   int sequence;
   int first_chunk, chunks;  // of the sequence
+  int start;                // row of its first state
 };
 
 // A sequence that is cut.
@@ -72,8 +74,8 @@ struct WindowParameters {
 // `pre_runs`: that there may be.
 fd_status launch_windows(const WindowParameters&, bool bfloat16, int64_t pre_runs, void* stream);
 
-// Finds the last states of the pre-pass's runs: from zero, where a sequence starts from its initial state; and their
-// transitions.
+// Finds the last states of the pre-pass's runs and, where all chunks of a run count that does not begin its sequence, the
+// transition. Where they do not, the last state is the next run's first.
 struct WalkParameters {
   CUtensorMap k, v;
   Sequences sequences;
@@ -87,20 +89,20 @@ struct WalkParameters {
   const int* windows;         // [pre_runs][HV]
   const int* heads_in_order;  // [HV]: those with most to do come first
   float* outcomes;            // [pre_runs][HV][V + K][K]: values' rows, then the transition's, each of K keys
+  float* starts;              // [rows][HV][V][K]
 };
 
 fd_status launch_walk(const WalkParameters&, bool bfloat16, bool l2norm, int64_t pre_runs, int sm_count, void* stream);
 
-// Finds the states before all runs of cut sequences.
+// Finds the states before the other runs of cut sequences.
 struct FoldParameters {
-  Pool initial;
-  int state_v_first;
   int value_heads, values;
   const Plan* plan;
   const Chain* chains;
-  const int* windows;     // [pre_runs][HV]
-  const float* outcomes;  // [pre_runs][HV][V + K][K]
-  float* starts;          // [rows][HV][V][K]
+  const int* windows;         // [pre_runs][HV]
+  const int* heads_in_order;  // [HV]
+  const float* outcomes;      // [pre_runs][HV][V + K][K]
+  float* starts;              // [rows][HV][V][K]
 };
 
 // `chains`: that there may be.

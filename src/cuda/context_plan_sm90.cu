@@ -15,7 +15,7 @@ constexpr int SAMPLES = 64;                       // tokens
 
 struct PlanMemory {
   unsigned longest, total_low, total_high;
-  unsigned pre_runs, chunks, starts, chains, runs;
+  unsigned pre_runs, chunks, starts, chains, runs, exact_heads;
   int length;  // of runs
   int second;  // shape of the forward
   int64_t batch[SAMPLES], token[SAMPLES];
@@ -154,6 +154,10 @@ __device__ void choose_length(const PlanParameters& p, PlanMemory& shared) {
     }
   }
   __syncthreads();
+  for (auto head = static_cast<int>(threadIdx.x); head < p.first.value_heads; head += PLAN_THREADS) {
+    if (!(shared.windows[head] < static_cast<float>(shared.length))) atomicAdd(&shared.exact_heads, 1u);
+  }
+  __syncthreads();
 }
 
 // For each class, the number of runs in those above it: where its first run lies.
@@ -209,7 +213,7 @@ __device__ void lay_out(const PlanParameters& p, PlanMemory& shared) {
     for (int i = thread % 32; i < cut.count; i += 32) {
       const int first = cut.first(i), end = cut.first(i + 1);
       p.runs[atomicAdd(&shared.place[class_of(end - first)], 1u)] = {chain.sequence, first, end, chain.start + i};
-      if (i + 1 < cut.count) p.pre_runs[chain.pre_run + i] = {chain.sequence, first, end - first};
+      if (i + 1 < cut.count) p.pre_runs[chain.pre_run + i] = {chain.sequence, first, end - first, chain.start + i};
     }
   }
 }
@@ -256,6 +260,7 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_kernel(const __grid_constan
                static_cast<int>(shared.pre_runs),
                static_cast<int>(shared.chunks),
                static_cast<int>(shared.chains),
+               static_cast<int>(shared.exact_heads),
                0,
                0};
   }

@@ -231,18 +231,18 @@ fd_status plan_runs(const fd_forward_args& args, const RunLimits& most, const CU
       .windows = w.windows,
       .heads_in_order = w.heads,
       .outcomes = w.outcomes,
+      .starts = w.starts,
   };
   status = launch_walk(walk, bfloat16, l2norm, most.pre_runs, sm_count, stream);
   if (status != FD_OK) return status;
 
   const FoldParameters fold{
-      .initial = initial,
-      .state_v_first = p.state_v_first,
       .value_heads = value_heads,
       .values = values,
       .plan = w.plan,
       .chains = w.chains,
       .windows = w.windows,
+      .heads_in_order = w.heads,
       .outcomes = w.outcomes,
       .starts = w.starts,
   };

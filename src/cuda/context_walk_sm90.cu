@@ -28,7 +28,10 @@ struct WalkItem {
   int run;  // -1: no more
   int value_head;
   int block;       // of 64 rows: the values', then the transition's
-  int first, end;  // chunks of the sequence
+  int begins;      // whether the run begins its sequence
+  int exact;       // whether it has a transition
+  int start;       // row of its first state
+  int first, end;  // chunks of the sequence that are walked
   int sequence, tokens;
   int64_t batch, begin;
 };
@@ -68,7 +71,10 @@ __device__ __forceinline__ WalkItem walk_item(const WalkParameters& p, int index
   item.block = index % row_blocks;
   const PreRun run = p.runs[item.run];
   const int window = p.windows[item.run * p.value_heads + item.value_head];
-  if (item.block >= p.value_blocks && (run.first_chunk == 0 || window >= 0)) return item;
+  item.begins = run.first_chunk == 0 ? 1 : 0;
+  item.exact = item.begins == 0 && window < 0 ? 1 : 0;
+  if (item.block >= p.value_blocks && item.exact == 0) return item;
+  item.start = run.start;
   item.first = run.first_chunk + (window > 0 ? window : 0);
   item.end = run.first_chunk + run.chunks;
   item.sequence = run.sequence;
@@ -171,17 +177,28 @@ __device__ __forceinline__ void make_walk_tiles(WalkMemory& shared, int turn, in
   }
 }
 
-// The state before the item's first chunk: rows `value` and 8 below.
+// The item's rows of the state before run `run` of a cut sequence, for the run's forward.
+__device__ __forceinline__ float* start_of(const WalkParameters& p, const WalkItem& item, int row) {
+  return p.starts +
+         ((static_cast<int64_t>(row) * p.value_heads + item.value_head) * p.value_blocks + item.block) * STATE_BLOCK;
+}
+
+// The state before the item's first chunk: rows `value` and 8 below. Leaves that before the sequence for the forward, which
+// may not find it in its pool any more.
 __device__ __forceinline__ void first_state(const WalkParameters& p, const WalkItem& item, float (&s)[64], int value,
                                             int key) {
   if (item.block >= p.value_blocks) {
     const int row = (item.block - p.value_blocks) * VALUES + value;
 #pragma unroll
     for (int i = 0; i < 64; ++i) s[i] = 8 * (i / 4) + key + (i & 1) == row + (i & 2) * 4 ? 1.0f : 0.0f;
-  } else {
-    const int64_t row = item.first == 0 ? p.initial.row(item.sequence, 0) : -1;
-    load_state(p.initial, p.state_v_first != 0, row, item.value_head, s, item.block * VALUES + value, key);
+    return;
   }
+  const int64_t row = item.begins != 0 ? p.initial.row(item.sequence, 0) : -1;
+  load_state(p.initial, p.state_v_first != 0, row, item.value_head, s, item.block * VALUES + value, key);
+  if (item.begins == 0) return;
+  store_state(start_of(p, item, item.start), s, value, key);
+#pragma unroll
+  for (int i = 0; i < 64; ++i) s[i] = item.first == 0 ? s[i] : 0.0f;
 }
 
 // The state warpgroup.
@@ -227,8 +244,7 @@ __device__ __forceinline__ void walk_state(const WalkParameters& p, WalkMemory& 
       float2 read[8];
 #pragma unroll
       for (int i = 0; i < 4; ++i) load_matrices_transposed(v[i], tile_v + swizzled(16 * i + token, block));
-#pragma unroll
-      for (int i = 0; i < 8; ++i) read[i] = *reinterpret_cast<const float2*>(&gates.read[8 * i + column]);
+      load_factors(read, gates.read, lane);
       const float decay = gates.decay;
       const bool tile_full = is_full(shared, T_FULL, tile);
       const uint32_t tile_t = shared_address(shared.t[tile.stage]);
@@ -265,8 +281,7 @@ __device__ __forceinline__ void walk_state(const WalkParameters& p, WalkMemory& 
       for (int i = 0; i < 64; ++i) s[i] *= decay;
       accumulators_ready(s);
       float2 write[8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) write[i] = *reinterpret_cast<const float2*>(&gates.write[8 * i + column]);
+      load_factors(write, gates.write, lane);
       wgmma_wait<0>();
       accumulators_ready(u);
       uint32_t w[16];  // V' decayed to the chunk's end
@@ -293,7 +308,9 @@ __device__ __forceinline__ void walk_state(const WalkParameters& p, WalkMemory& 
       computed(a);
     }
     const int64_t outcome = int64_t{item.run} * p.value_heads + item.value_head;
-    store_state(p.outcomes + (outcome * (p.value_blocks + KEYS / VALUES) + item.block) * STATE_BLOCK, s, value, column);
+    float* last = item.exact != 0 ? p.outcomes + (outcome * (p.value_blocks + KEYS / VALUES) + item.block) * STATE_BLOCK
+                                  : start_of(p, item, item.start + 1);
+    store_state(last, s, value, column);
     arrive(shared, ITEM_FREE, items, lane);
     items.next<ITEM_STAGES>();
   }

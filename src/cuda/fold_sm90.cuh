@@ -1,5 +1,6 @@
 // What the folds of context parallelism, of states and of their gradients, do alike: 8 rows of a state (one value each, 128
-// keys) times transitions one after another, in fp32. A block of 8 warps; a warp has a row, its lanes four keys each.
+// keys) times transitions one after another, in fp32. A block of 8 warps; a thread has a share of a row: four keys, a warp
+// the row. Or 4 rows, a thread two keys.
 #pragma once
 
 #include "cuda/block_sm90.cuh"
@@ -27,34 +28,49 @@ __device__ __forceinline__ float4 plus(const float4& a, float s, const float4& x
   return make_float4(fmaf(s, x.x, a.x), fmaf(s, x.y, a.y), fmaf(s, x.z, a.z), fmaf(s, x.w, a.w));
 }
 
+__device__ __forceinline__ float2 plus(const float2& a, const float2& b) { return make_float2(a.x + b.x, a.y + b.y); }
+__device__ __forceinline__ float4 plus(const float4& a, const float4& b) { return plus(a, 1.0f, b); }
+
+// Rows of which each thread has a Share, float4 or float2, and where the thread's share is.
+template <typename Share>
+struct FoldShape {
+  static constexpr int KEYS_EACH = sizeof(Share) / sizeof(float), ROWS = KEYS_EACH * FOLD_THREADS / KEYS;
+  int row, key;
+  __device__ __forceinline__ FoldShape(int warp, int lane)
+      : row((32 * warp + lane) * KEYS_EACH / KEYS), key((32 * warp + lane) * KEYS_EACH % KEYS) {}
+};
+
 // state M + b, with the transition M of this stage; all threads of the block have left the stage then. A warp has 16 keys of
-// the sums; then a thread adds the warps' shares of its four keys.
-__device__ __forceinline__ float4 next_state(FoldMemory& shared, const Ring& ring, const float4& state, const float4& b,
-                                             int warp, int lane) {
+// the sums; then a thread adds the warps' parts of its share.
+template <typename Share>
+__device__ __forceinline__ Share next_state(FoldMemory& shared, const Ring& ring, const Share& state, const Share& b,
+                                            int warp, int lane) {
+  constexpr int ROWS = FoldShape<Share>::ROWS;
+  const FoldShape<Share> own(warp, lane);
   const int key = 4 * lane;
-  *reinterpret_cast<float4*>(&shared.state[warp][key]) = state;
+  *reinterpret_cast<Share*>(&shared.state[own.row][own.key]) = state;
   __syncthreads();
   wait_full(shared, 0, ring);
   const auto& transition = shared.transitions[ring.stage];
-  float4 sum[FOLD_ROWS] = {};
+  float4 sum[ROWS] = {};
 #pragma unroll
   for (int j = 4 * warp; j < KEYS; j += 4 * FOLD_WARPS) {
     float4 m[4];
 #pragma unroll
     for (int e = 0; e < 4; ++e) m[e] = *reinterpret_cast<const float4*>(&transition[j + e][key]);
 #pragma unroll
-    for (int row = 0; row < FOLD_ROWS; ++row) {
+    for (int row = 0; row < ROWS; ++row) {
       const float4 s = *reinterpret_cast<const float4*>(&shared.state[row][j]);
       sum[row] = plus(plus(plus(plus(sum[row], s.x, m[0]), s.y, m[1]), s.z, m[2]), s.w, m[3]);
     }
   }
 #pragma unroll
-  for (int row = 0; row < FOLD_ROWS; ++row) *reinterpret_cast<float4*>(&shared.parts[warp][row][key]) = sum[row];
+  for (int row = 0; row < ROWS; ++row) *reinterpret_cast<float4*>(&shared.parts[warp][row][key]) = sum[row];
   __syncthreads();
-  float4 next = b;
+  Share next = b;
 #pragma unroll
   for (int w = 0; w < FOLD_WARPS; ++w) {
-    next = plus(next, 1.0f, *reinterpret_cast<const float4*>(&shared.parts[w][warp][key]));
+    next = plus(next, *reinterpret_cast<const Share*>(&shared.parts[w][own.row][own.key]));
   }
   return next;
 }
