@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <numeric>
 #include <stdexcept>
+#include <tuple>
 #include <utility>
 
 namespace flashdelta::stress {
@@ -270,6 +271,26 @@ fd_status Call::enqueue_alone(const Run& run, std::int64_t n, unsigned counter) 
     }
   }
   return FD_OK;
+}
+
+void Call::move_inputs(std::vector<unsigned char>& mirror, std::uint64_t seed) const {
+  std::mt19937_64 random(seed);
+  const auto flip = [&](const void* data, std::int64_t element, fd_dtype type) {
+    const std::ptrdiff_t at = static_cast<const unsigned char*>(data) - arena_.base();
+    const std::size_t bit = type == FD_FLOAT32 ? 2 : 0;  // the byte that holds it, of little-endian elements
+    if (random() % 2 == 0) mirror[static_cast<std::size_t>(at) + bytes_of(element, type) + bit] ^= 1;
+  };
+  const fd_problem& p = problem_;
+  for (const auto& [t, heads, width] : {std::tuple{&q_, p.H, K}, {&k_, p.H, K}, {&v_, p.HV, p.V}, {&do_, p.HV, p.V}}) {
+    for (std::int64_t row = 0; t->data != nullptr && row < p.B * p.T; ++row) {
+      const std::int64_t first = row / p.T * t->stride[0] + row % p.T * t->stride[1];
+      for (std::int64_t i = 0; i < heads * width; ++i) flip(t->data, first + i / width * t->stride[2] + i % width, p.dtype);
+    }
+  }
+  const std::int64_t state = b_.HV * K * b_.V;
+  const auto initial = static_cast<std::int64_t>(initial_.bytes / size_of(p.initial_dtype));
+  for (std::int64_t i = 0; i < initial; ++i) flip(initial_.data, i, p.initial_dtype);
+  for (std::int64_t i = 0; dfinal_.data != nullptr && i < b_.N() * state; ++i) flip(dfinal_.data, i, p.final_dtype);
 }
 
 fd_status Call::run_on_host(const Run& run, std::vector<unsigned char>& mirror, fd_backend backend) const {

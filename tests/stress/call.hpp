@@ -45,6 +45,10 @@ class Call {
   // The status, and on the host what the backend makes of the same inputs: `mirror` is a copy of the arena before the run.
   fd_status run_on_host(const Run&, std::vector<unsigned char>& mirror, fd_backend) const;
 
+  // In a copy of the arena: changes the last bit of half of the elements of q, k, v, do and the states; of fp32 states the
+  // last that bf16 keeps.
+  void move_inputs(std::vector<unsigned char>& mirror, std::uint64_t seed) const;
+
   const Batch& batch() const { return b_; }
   const Buffer& initial_states() const { return initial_; }
 
