@@ -314,36 +314,43 @@ __device__ __forceinline__ uint32_t transposed_row(int thread) {
   return swizzled((thread & 7) + 8 * ((thread >> 4) & 1), 2 * (thread >> 5) + ((thread >> 3) & 1));
 }
 
-// do^T of a chunk.
-template <int STATE>
-__device__ __forceinline__ void load_do(uint32_t (&x)[16], SharedMemory<STATE>& shared, int stage, int turn, uint32_t row) {
-  const uint32_t tile = shared_address(shared.do_[stage]) + turn * TILE + row;
+// do^T of 8 WORDS tokens of a chunk.
+template <int WORDS>
+__device__ __forceinline__ void load_do(uint32_t (&x)[WORDS], uint32_t tile) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < WORDS / 4; ++i) {
     uint32_t y[4];
     load_matrices_transposed(y, tile + i * 2048);
 #pragma unroll
     for (int j = 0; j < 4; ++j) x[4 * i + j] = y[j];
   }
 }
-// (scale e^gam do)^T rounded, and what is then left of it, rounded: the error of one operand alone would be most of the
-// error of the initial state's gradient.
-template <typename T>
-__device__ __forceinline__ void round_do(uint32_t (&high)[16], const uint32_t (&x)[16], const Factors& factors, int lane) {
+
+// Half of (scale e^gam do)^T Q, of 32 tokens: their parts of do and Q, their factors. With PAIR the operand is the sum of
+// two rounded ones: the error of one alone would be most of the error of the initial state's gradient. `a` is the operand.
+template <typename T, bool PAIR>
+__device__ __forceinline__ void add_do(float (&s)[64], uint32_t (&a)[PAIR ? 16 : 8], uint32_t tile, uint64_t queries,
+                                       const float2* read) {
+  constexpr int WORDS = 8;
+  uint32_t x[WORDS];
+  load_do(x, tile);
 #pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    const float2 f = factors.read[4 * (i / 2) + (lane & 3)], y = unpack<T>(x[i]);
-    high[i] = pack<T>(f.x * y.x, f.y * y.y);
+  for (int i = 0; i < WORDS; ++i) {
+    const float2 f = read[4 * (i / 2)], y = unpack<T>(x[i]);
+    a[i] = pack<T>(f.x * y.x, f.y * y.y);
+    if constexpr (PAIR) {
+      const float2 z = unpack<T>(a[i]);
+      a[WORDS + i] = pack<T>(fmaf(f.x, y.x, -z.x), fmaf(f.y, y.y, -z.y));
+    }
   }
-}
-template <typename T>
-__device__ __forceinline__ void round_rest(uint32_t (&low)[16], const uint32_t (&high)[16], const uint32_t (&x)[16],
-                                           const Factors& factors, int lane) {
+  computed(a);
+  wgmma_fence();
 #pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    const float2 f = factors.read[4 * (i / 2) + (lane & 3)], y = unpack<T>(x[i]), z = unpack<T>(high[i]);
-    low[i] = pack<T>(fmaf(f.x, y.x, -z.x), fmaf(f.y, y.y, -z.y));
+  for (int k = 0; k < (PAIR ? 4 : 2); ++k) {
+    wgmma<T, false, 1>(s, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3], advance(queries, k % 2 * 2048));
   }
+  wgmma_commit();
+  __syncwarp();
 }
 
 // A state warpgroup: values 64 `turn`.. of the item. Only K^T, T and K wait for each other; the products with do, of the
@@ -354,18 +361,18 @@ __device__ __forceinline__ void round_rest(uint32_t (&low)[16], const uint32_t (
 //
 // The images of dS and dv are stored and fenced by all lanes, which __syncwarp in `arrive` puts before the one arrival of
 // lane 0; the storer's wait puts that before its copy.
-template <typename T, int STATE, bool OUTCOMES>
+template <typename T, int STATE, bool OUTCOMES, bool PAIR>
 __device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory<STATE>& shared, int turn, int thread_) {
   constexpr int STAGES = Shape<STATE>::STAGES;
   Ring ring, stores;
   uint64_t keys = columns(shared_address(shared.k[0]));  // of the chunk: known before it begins
   const int items = item_count<STATE>(p);
-  float s[64];     // dS^T
-  uint32_t x[16];  // do^T
-  float dv[32];    // do^T P, later dv^T
+  float s[64];   // dS^T
+  float dv[32];  // do^T P, later dv^T
   bool ds_free = true;
   wait_full(shared, INPUTS_FULL, ring);
-  load_do(x, shared, 0, turn, transposed_row(thread_));
+  uint32_t x[16];  // do^T
+  load_do(x, shared_address(shared.do_[0]) + turn * TILE + transposed_row(thread_));
   multiply<T, true, true>(dv, x, rows(shared_address(shared.p[0])));
   wgmma_wait<0>();
   accumulators_ready(dv);
@@ -390,13 +397,13 @@ __device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory
       multiply<T, true, false>(u, a, keys);
       const bool dv_free = OUTCOMES || is_free(shared, DV_FREE, stores);
       if (!ds_free) wait_free(shared, DS_FREE, stores);
-      uint32_t high[16];
-      round_do<T>(high, x, factors, lane);
       const float decay = factors.decay;
 #pragma unroll
       for (int i = 0; i < 64; ++i) s[i] *= decay;
       accumulators_ready(s);
-      multiply<T, false, true>(s, high, queries);
+      const uint32_t tile_do = shared_address(shared.do_[ring.stage]) + turn * TILE + row;
+      uint32_t first[PAIR ? 16 : 8], second[PAIR ? 16 : 8];  // scale e^gam do
+      add_do<T, PAIR>(s, first, tile_do, queries, factors.read + (lane & 3));
 
       // The image of dS1
       if constexpr (!OUTCOMES) {
@@ -432,10 +439,7 @@ __device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory
         w[2 * j + 1] = pack<T>(fmaf(f.x, y[2], z[2]), fmaf(f.y, y[3], z[3]));
       }
       multiply<T, true, false>(dv, w, columns(shared_address(shared.t[ring.stage])));
-      load_do(x, shared, ring.stage, turn, row);  // again rather than kept: registers are short
-      uint32_t low[16];
-      round_rest<T>(low, high, x, factors, lane);
-      multiply<T, false, true>(s, low, queries);
+      add_do<T, PAIR>(s, second, tile_do + 2 * 2048, advance(queries, 2 * 2048), factors.read + 16 + (lane & 3));
       const bool more = is_full(shared, INPUTS_FULL, next);
       if constexpr (!OUTCOMES) {
         fence_async_shared();
@@ -461,7 +465,7 @@ __device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory
       // do^T P of the next chunk, and the image of dv
       if (!more) wait_full(shared, INPUTS_FULL, next);
       keys = columns(shared_address(shared.k[next.stage]));
-      load_do(x, shared, next.stage, turn, row);
+      load_do(x, shared_address(shared.do_[next.stage]) + turn * TILE + row);
       if constexpr (!OUTCOMES) {
         const uint32_t tile = shared_address(shared.dv) + turn * TILE + row;
 #pragma unroll
@@ -499,7 +503,7 @@ __device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory
 
 }  // namespace chain
 
-template <typename T, int STATE, bool OUTCOMES>
+template <typename T, int STATE, bool OUTCOMES, bool PAIR>
 __global__ void __launch_bounds__(chain::Shape<STATE>::THREADS, 1) chain_kernel(const __grid_constant__ ChainParameters p) {
   using namespace chain;
   using S = Shape<STATE>;
@@ -533,7 +537,7 @@ __global__ void __launch_bounds__(chain::Shape<STATE>::THREADS, 1) chain_kernel(
     }
   } else {
     if constexpr (STATE == 2) more_registers<S::STATE_REGISTERS>();
-    run_state<T, STATE, OUTCOMES>(p, shared, warpgroup - 1, static_cast<int>(threadIdx.x) % 128);
+    run_state<T, STATE, OUTCOMES, PAIR>(p, shared, warpgroup - 1, static_cast<int>(threadIdx.x) % 128);
   }
 }
 
