@@ -242,6 +242,13 @@ class Backward {
     return launch_states(parameters, bfloat16(), sm_count_, stream_);
   }
 
+  // With dv, where it is wanted, in the call's tensor alone: the chain leaves it there, the gradients read it there.
+  Scratch scratch() const {
+    Scratch scratch = workspace_.scratch;
+    if (args_.dv.data != nullptr) scratch.dv = nullptr;
+    return scratch;
+  }
+
   ChainParameters chain_parameters() const {
     const fd_index none{};
     return {
@@ -252,7 +259,7 @@ class Backward {
         .has_do = args_.do_.data != nullptr,
         .has_dv = args_.dv.data != nullptr,
         .sequences = sequences_,
-        .scratch = workspace_.scratch,
+        .scratch = scratch(),
         .runs = nullptr,
         .run_count = 0,
         .heads = heads(),
@@ -318,6 +325,7 @@ class Backward {
         .do_ = do_,
         .dq = dq_,
         .dk = dk_,
+        .dv = dv_,
         .has_do = args_.do_.data != nullptr,
         .has_dq = args_.dq.data != nullptr,
         .has_dk = args_.dk.data != nullptr,
@@ -327,7 +335,7 @@ class Backward {
         .dbeta = View(args_.dbeta, p_.beta_dtype),
         .gate_sums = p_.gate == FD_GATE_RAW ? workspace_.gate_sums + heads_before : nullptr,
         .chunks = chunks(wave),
-        .scratch = workspace_.scratch,
+        .scratch = scratch(),
         .slots = workspace_.tiling.chunk_slots,
         .heads = heads(),
         .l2norm = p_.qk_l2norm,

@@ -228,7 +228,9 @@ __device__ __forceinline__ void store_values(const ChainParameters& p, SharedMem
   for_each_chunk<STATE, false>(p, [&](const Item& item, int chunk, int slot) {
     wait_full(shared, DV_FULL, ring);
     const uint32_t dv = shared_address(shared.dv);
-    bulk_store(p.scratch.dv + p.scratch.block(slot, item.value_head, item.first_block) * TILE, dv, Shape<STATE>::BYTES);
+    if (p.scratch.dv != nullptr) {
+      bulk_store(p.scratch.dv + p.scratch.block(slot, item.value_head, item.first_block) * TILE, dv, Shape<STATE>::BYTES);
+    }
     if (p.has_dv != 0) {
       const Place at = chunk_place(p, item, chunk);
 #pragma unroll

@@ -34,24 +34,29 @@ __device__ __forceinline__ Place place(const GradientParameters& p, const Item& 
 
 // Brings a value head's tiles to L2, long before there is room for them in shared memory.
 __device__ __forceinline__ void prefetch(const GradientParameters& p, const Item& item, const Place& at, int value_head) {
-  const int blocks = p.scratch.value_blocks;
+  constexpr int MOST = 4;  // blocks: those of all SMs together fill half of L2
+  const int blocks = p.scratch.value_blocks < MOST ? p.scratch.value_blocks : MOST;
   const int64_t from = p.scratch.block(item.slot, value_head, 0);
   bulk_prefetch(p.scratch.r + from * TILE, blocks * TILE);
-  bulk_prefetch(p.scratch.dv + from * TILE, blocks * TILE);
+  if (p.scratch.dv != nullptr) bulk_prefetch(p.scratch.dv + from * TILE, blocks * TILE);
   bulk_prefetch(p.scratch.s + from * STATE_TILE, blocks * STATE_TILE);
   bulk_prefetch(p.scratch.ds + from * STATE_TILE, blocks * STATE_TILE);
-  for (int b = 0; p.has_do != 0 && b < blocks; ++b) {
-    tensor_prefetch(&p.do_, b * VALUES, at.token, value_head, at.third, at.fourth);
+  for (int b = 0; b < blocks; ++b) {
+    const int value = b * VALUES;
+    if (p.has_do != 0) tensor_prefetch(&p.do_, value, at.token, value_head, at.third, at.fourth);
+    if (p.scratch.dv == nullptr) tensor_prefetch(&p.dv, value, at.token, value_head, at.third, at.fourth);
   }
 }
 
 __device__ __forceinline__ void load(const GradientParameters& p, SharedMemory& shared) {
   Ring items, blocks, heads, keys;
   const int group = p.scratch.value_heads / p.heads, value_blocks = p.scratch.value_blocks;
-  for (int64_t index = blockIdx.x; index < static_cast<int64_t>(p.slots) * p.heads; index += gridDim.x) {
+  // Fewer than 2^32: each has more than 100 KB of scratch memory.
+  const unsigned key_heads = static_cast<unsigned>(p.heads), all = static_cast<unsigned>(p.slots) * key_heads;
+  for (unsigned index = blockIdx.x; index < all; index += gridDim.x) {
     Item item;
-    item.slot = static_cast<int>(index / p.heads);
-    item.head = static_cast<int>(index % p.heads);
+    item.slot = static_cast<int>(index / key_heads);
+    item.head = static_cast<int>(index % key_heads);
     item.place = p.chunks[item.slot];
     if (item.place.sequence < 0) {
       for (int i = 0; p.gate_sums != nullptr && i < group; ++i) {
@@ -88,7 +93,11 @@ __device__ __forceinline__ void load(const GradientParameters& p, SharedMemory& 
           tensor_load(shared_address(to.do_), &p.do_, full, b * VALUES, at.token, value_head, at.third, at.fourth);
         }
         bulk_load(shared_address(to.r), p.scratch.r + from * TILE, TILE, full);
-        bulk_load(shared_address(to.dv), p.scratch.dv + from * TILE, TILE, full);
+        if (p.scratch.dv != nullptr) {
+          bulk_load(shared_address(to.dv), p.scratch.dv + from * TILE, TILE, full);
+        } else {
+          tensor_load(shared_address(to.dv), &p.dv, full, b * VALUES, at.token, value_head, at.third, at.fourth);
+        }
         bulk_load(shared_address(to.s), p.scratch.s + from * STATE_TILE, STATE_TILE, full);
         bulk_load(shared_address(to.ds), p.scratch.ds + from * STATE_TILE, STATE_TILE, full);
         blocks.next<STAGES>();

@@ -11,6 +11,7 @@ namespace flashdelta::cuda {
 
 struct GradientParameters {
   CUtensorMap q, k, do_, dq, dk;
+  CUtensorMap dv;  // read, unless the scratch memory has dv
   int has_do, has_dq, has_dk;
   Gates gates;  // of the call: raw ones are differentiated
   Sequences sequences;

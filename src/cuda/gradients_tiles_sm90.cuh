@@ -9,7 +9,7 @@ namespace flashdelta::cuda::gradients {
 constexpr int THREADS = 512;
 constexpr int STAGES = 2, HEADS = 2, ITEMS = 2;  // of the rings
 // Registers per thread, together at most 512.
-constexpr int PRODUCER_REGISTERS = 40, ROWS_REGISTERS = 168, TRIANGLES_REGISTERS = 136;
+constexpr int PRODUCER_REGISTERS = 48, ROWS_REGISTERS = 160, TRIANGLES_REGISTERS = 144;
 static_assert(PRODUCER_REGISTERS + 2 * ROWS_REGISTERS + TRIANGLES_REGISTERS <= 512);
 
 struct Item {

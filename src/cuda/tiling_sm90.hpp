@@ -73,7 +73,7 @@ struct Scratch {
   uint8_t* s;             // [slot, value head, block] state tiles: S before the chunk, transposed
   uint8_t* ds;            // [slot, value head, block] state tiles: gradient of S after the chunk, transposed
   uint8_t* r;             // [slot, value head, block] tiles: R, tokens x values
-  uint8_t* dv;            // [slot, value head, block] tiles: gradient of v, tokens x values
+  uint8_t* dv;            // [slot, value head, block] tiles: gradient of v, tokens x values; null: only in the call's dv
 
   __host__ __device__ int64_t head(int slot, int value_head) const {
     return static_cast<int64_t>(slot) * value_heads + value_head;

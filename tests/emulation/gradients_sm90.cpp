@@ -111,6 +111,7 @@ fd_status run(const fd_backward_args* call, void*, std::size_t, void*) try {
                              .do_ = {},
                              .dq = {},
                              .dk = {},
+                             .dv = {},
                              .has_do = args.do_.data != nullptr,
                              .has_dq = args.dq.data != nullptr,
                              .has_dk = args.dk.data != nullptr,
