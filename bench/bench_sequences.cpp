@@ -9,6 +9,7 @@
 
 #include "bench/gpu_kernels.hpp"
 #include "bench/gpu_timing.hpp"
+#include "cuda/context_kernels_sm90.hpp"
 
 namespace flashdelta::bench {
 namespace {
@@ -115,6 +116,18 @@ fd_backward_args backward_args(const fd_problem& problem, const Tensors& t, cons
   return args;
 }
 
+// What the forward's planner decided, for bench/fit_context.py: it lies first in the workspace, where there is one.
+void count_runs(benchmark::State& state, const DeviceMemory& workspace) {
+  cuda::Plan plan;
+  if (workspace.bytes() < sizeof(plan)) return;
+  must(cudaMemcpy(&plan, workspace.data(), sizeof(plan), cudaMemcpyDeviceToHost), "cudaMemcpy");
+  state.counters["runs"] = plan.runs[0] + plan.runs[1];
+  state.counters["pre_runs"] = plan.pre_runs;
+  state.counters["pre_chunks"] = plan.chunks;
+  state.counters["exact_heads"] = plan.exact_heads;
+  state.counters["value_blocks"] = plan.value_blocks;
+}
+
 void run(benchmark::State& state, const SequenceRow& what) {
   const Row& row = what.row;
   const Machine& machine = *what.machine;
@@ -167,6 +180,7 @@ void run(benchmark::State& state, const SequenceRow& what) {
   const int calls = what.mode.cold ? static_cast<int>(copies) : estimate < 2e-4 ? 8 : 1;
   Graph graph(machine.stream, calls, [&](int i, cudaStream_t s) { call(static_cast<std::size_t>(i), s); });
   measure(state, machine, row, graph, needed, [&] { call(0, machine.stream); });
+  if (!backward) count_runs(state, forward_space);
   if (training) state.counters["saved_MB"] = static_cast<double>(saved_bytes) * 1e-6;
   state.counters["workspace_MB"] = static_cast<double>(backward ? backward_bytes : forward_bytes) * 1e-6;
 }

@@ -18,6 +18,7 @@ struct Plan {
   int pre_runs, chunks;  // of the pre-pass
   int chains;            // sequences that are cut
   int exact_heads;       // that seem to need transitions
+  int value_blocks;      // of a head in the shape that was chosen
   unsigned next_item;    // of the forward
   unsigned next_walk;    // of the pre-pass
 };

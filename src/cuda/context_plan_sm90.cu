@@ -261,6 +261,7 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_kernel(const __grid_constan
                static_cast<int>(shared.chunks),
                static_cast<int>(shared.chains),
                static_cast<int>(shared.exact_heads),
+               second ? p.second.blocks : p.first.blocks,
                0,
                0};
   }
