@@ -338,11 +338,8 @@ __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemo
         float2 read[8];
         const auto load = [&] {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            load_matrices_transposed(v[i], tile_v + swizzled(16 * i + token, block));
-            read[2 * i] = *reinterpret_cast<const float2*>(&gates.read[16 * i + column]);
-            read[2 * i + 1] = *reinterpret_cast<const float2*>(&gates.read[16 * i + 8 + column]);
-          }
+          for (int i = 0; i < 4; ++i) load_matrices_transposed(v[i], tile_v + swizzled(16 * i + token, block));
+          load_factors(read, gates.read, lane);
         };
         if constexpr (STATE == 1) load();
         wgmma_wait<STATE == 1 ? 1 : 0>();
@@ -377,8 +374,7 @@ __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemo
         accumulators_ready(s);
         wgmma_wait<1>();  // Q S: the operand's registers are free
         float2 write[8];
-#pragma unroll
-        for (int j = 0; j < 8; ++j) write[j] = *reinterpret_cast<const float2*>(&gates.write[8 * j + column]);
+        load_factors(write, gates.write, lane);
         wgmma_wait<0>();
         accumulators_ready(u);
         accumulators_ready(o);
@@ -389,9 +385,8 @@ __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemo
           w[2 * j + 1] = pack<T>(write[j].x * u[4 * j + 2], write[j].y * u[4 * j + 3]);
         }
         computed(w);
-        float2 output[8];
-#pragma unroll
-        for (int j = 0; j < 8; ++j) output[j] = *reinterpret_cast<const float2*>(&gates.output[8 * j + column]);
+        float2 emit[8];
+        load_factors(emit, gates.emit, lane);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
@@ -405,10 +400,10 @@ __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemo
         for (int j = 0; j < 8; ++j) {
           x[2 * j] = pack<T>(u[4 * j], u[4 * j + 1]);
           x[2 * j + 1] = pack<T>(u[4 * j + 2], u[4 * j + 3]);
-          o[4 * j] *= output[j].x;
-          o[4 * j + 1] *= output[j].y;
-          o[4 * j + 2] *= output[j].x;
-          o[4 * j + 3] *= output[j].y;
+          o[4 * j] *= emit[j].x;
+          o[4 * j + 1] *= emit[j].y;
+          o[4 * j + 2] *= emit[j].x;
+          o[4 * j + 3] *= emit[j].y;
         }
         wgmma_fence();
 #pragma unroll

@@ -6,12 +6,17 @@
 
 namespace flashdelta::cuda {
 
-// As the tiles' algebra and the states want it. All of [64]; `gam` is the log2 of the decay from the chunk's start,
-// inclusive.
-struct ChunkGates {
-  float read[CHUNK];      // e^gam |k|^-1: factor of K S
+// A vector in the order in which the threads of a state warpgroup need it: token 8 j + 2 q + e at [q][2 j + e], for lanes
+// with lane % 4 = q; the rows are padded, so that they lie in different banks.
+using StateVector = float[4][24];
+static_assert(CHUNK == 64);
+
+// As the tiles' algebra ([64]) and the states want it; `gam` is the log2 of the decay from the chunk's start, inclusive.
+struct alignas(16) ChunkGates {
+  StateVector read;       // e^gam |k|^-1: factor of K S
+  StateVector write;      // beta e^(gam_C - gam) |k|^-1: factor of a row of V' in the state's update
+  StateVector emit;       // `output`
   float output[CHUNK];    // scale e^gam |q|^-1: factor of Q S, and of a row of P
-  float write[CHUNK];     // beta e^(gam_C - gam) |k|^-1: factor of a row of V' in the state's update
   float column[CHUNK];    // beta |k|^-1: factor of a column of K K^T
   float row[CHUNK];       // |k|^-1: factor of a row of K K^T
   float gam[CHUNK];       // log2
@@ -23,6 +28,17 @@ struct ChunkGates {
   int factored;           // e^(gam_i - gam_j) may be computed as e^gam_i e^-gam_j
   float padding[2];
 };
+
+// The lane's tokens' factors: of 8 j + 2 (lane % 4) and the next.
+__device__ __forceinline__ void load_factors(float2 (&out)[8], const StateVector& vector, int lane) {
+  const auto* row = reinterpret_cast<const float4*>(vector[lane & 3]);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float4 x = row[i];
+    out[2 * i] = {x.x, x.y};
+    out[2 * i + 1] = {x.z, x.w};
+  }
+}
 
 struct TokenGates {
   float gam[2];   // log2 of the decay from the chunk's start, inclusive
@@ -116,9 +132,11 @@ __device__ __forceinline__ void fill_gates(ChunkGates& out, const TokenGates& to
     const float g = tokens.gam[i], beta = tokens.beta[i];
     const float nk = i == 0 ? key.x : key.y, nq = scale * (i == 0 ? query.x : query.y);
     const float rise = exp2_fast(g), fall = factored ? exp2_fast(-g) : 1.0f;
-    out.read[t] = rise * nk;
+    const int row = t >> 1 & 3, place = 2 * (t >> 3) + (t & 1);
+    out.read[row][place] = rise * nk;
+    out.write[row][place] = beta * exp2_fast(tokens.total - g) * nk;
+    out.emit[row][place] = rise * nq;
     out.output[t] = rise * nq;
-    out.write[t] = beta * exp2_fast(tokens.total - g) * nk;
     out.column[t] = beta * nk;
     out.row[t] = nk;
     out.gam[t] = g;
