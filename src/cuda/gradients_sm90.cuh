@@ -41,6 +41,7 @@ __device__ __forceinline__ void prefetch(const GradientParameters& p, const Item
   if (p.scratch.dv != nullptr) bulk_prefetch(p.scratch.dv + from * TILE, blocks * TILE);
   bulk_prefetch(p.scratch.s + from * STATE_TILE, blocks * STATE_TILE);
   bulk_prefetch(p.scratch.ds + from * STATE_TILE, blocks * STATE_TILE);
+#pragma unroll 1
   for (int b = 0; b < blocks; ++b) {
     const int value = b * VALUES;
     if (p.has_do != 0) tensor_prefetch(&p.do_, value, at.token, value_head, at.third, at.fourth);
@@ -70,6 +71,7 @@ __device__ __forceinline__ void load(const GradientParameters& p, SharedMemory& 
     barrier_arrive(barrier_address(shared, ITEM_FULL, items.stage));
     items.next<ITEMS>();
     const Place at = place(p, item);
+#pragma unroll 1
     for (int half = 0; half < KEYS; half += 64) {
       tensor_prefetch(&p.k, half, at.token, item.head, at.third, at.fourth);
       tensor_prefetch(&p.q, half, at.token, item.head, at.third, at.fourth);
@@ -83,6 +85,7 @@ __device__ __forceinline__ void load(const GradientParameters& p, SharedMemory& 
       bulk_load(shared_address(&shared.vectors[heads.stage]), &p.scratch.vectors[p.scratch.head(item.slot, value_head)],
                 sizeof(ChunkVectors), vectors_full);
       heads.next<HEADS>();
+#pragma unroll 1
       for (int b = 0; b < value_blocks; ++b) {
         wait_free(shared, BLOCK_FREE, blocks);
         const uint32_t full = barrier_address(shared, BLOCK_FULL, blocks.stage);
@@ -105,12 +108,14 @@ __device__ __forceinline__ void load(const GradientParameters& p, SharedMemory& 
         if (i > 0 || b != (value_blocks < STAGES ? value_blocks : STAGES) - 1) continue;
         wait_free(shared, KQ_FREE, keys);
         const uint32_t kq_full = barrier_address(shared, KQ_FULL, 0);
-        const uint32_t k = shared_address(shared.k), q = shared_address(shared.q);
-        barrier_arrive_expect(kq_full, 2 * CHUNK * KEYS * 2);
-        tensor_load(k, &p.k, kq_full, 0, at.token, item.head, at.third, at.fourth);
-        tensor_load(k + TILE, &p.k, kq_full, 64, at.token, item.head, at.third, at.fourth);
-        tensor_load(q, &p.q, kq_full, 0, at.token, item.head, at.third, at.fourth);
-        tensor_load(q + TILE, &p.q, kq_full, 64, at.token, item.head, at.third, at.fourth);
+        barrier_arrive_expect(kq_full, sizeof(shared.k) + sizeof(shared.q));
+#pragma unroll 1
+        for (int half = 0; half < 2; ++half) {
+          tensor_load(shared_address(shared.k) + half * TILE, &p.k, kq_full, half * 64, at.token, item.head, at.third,
+                      at.fourth);
+          tensor_load(shared_address(shared.q) + half * TILE, &p.q, kq_full, half * 64, at.token, item.head, at.third,
+                      at.fourth);
+        }
         keys.next<1>();
       }
     }
