@@ -11,7 +11,8 @@ fd_status launch_chain_variant(const ChainParameters& p, int items, int sm_count
   const Launch config{.name = "chain_kernel",
                       .grid = dim3(static_cast<unsigned>(std::min(items, sm_count))),
                       .block = dim3(chain::Shape<STATE>::THREADS),
-                      .shared = sizeof(chain::SharedMemory<STATE>)};
+                      .shared = sizeof(chain::SharedMemory<STATE>),
+                      .overlap = true};
   return launch(chain_kernel<T, STATE, OUTCOMES, PAIR>, config, p, stream);
 }
 

@@ -316,11 +316,10 @@ __device__ __forceinline__ uint32_t transposed_row(int thread) {
   return swizzled((thread & 7) + 8 * ((thread >> 4) & 1), 2 * (thread >> 5) + ((thread >> 3) & 1));
 }
 
-// do^T of 8 WORDS tokens of a chunk.
-template <int WORDS>
-__device__ __forceinline__ void load_do(uint32_t (&x)[WORDS], uint32_t tile) {
+// do^T of a chunk.
+__device__ __forceinline__ void load_do(uint32_t (&x)[16], uint32_t tile) {
 #pragma unroll
-  for (int i = 0; i < WORDS / 4; ++i) {
+  for (int i = 0; i < 4; ++i) {
     uint32_t y[4];
     load_matrices_transposed(y, tile + i * 2048);
 #pragma unroll
@@ -328,14 +327,13 @@ __device__ __forceinline__ void load_do(uint32_t (&x)[WORDS], uint32_t tile) {
   }
 }
 
-// Half of (scale e^gam do)^T Q, of 32 tokens: their parts of do and Q, their factors. With PAIR the operand is the sum of
-// two rounded ones: the error of one alone would be most of the error of the initial state's gradient. `a` is the operand.
+// Half of (scale e^gam do)^T Q, of 32 tokens: their part `x` of do^T, their rows of Q, their factors. With PAIR the operand
+// is the sum of two rounded ones: the error of one alone would be most of the error of the initial state's gradient. `a` is
+// the operand.
 template <typename T, bool PAIR>
-__device__ __forceinline__ void add_do(float (&s)[64], uint32_t (&a)[PAIR ? 16 : 8], uint32_t tile, uint64_t queries,
+__device__ __forceinline__ void add_do(float (&s)[64], uint32_t (&a)[PAIR ? 16 : 8], const uint32_t* x, uint64_t queries,
                                        const float2* read) {
   constexpr int WORDS = 8;
-  uint32_t x[WORDS];
-  load_do(x, tile);
 #pragma unroll
   for (int i = 0; i < WORDS; ++i) {
     const float2 f = read[4 * (i / 2)], y = unpack<T>(x[i]);
@@ -403,9 +401,8 @@ __device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory
 #pragma unroll
       for (int i = 0; i < 64; ++i) s[i] *= decay;
       accumulators_ready(s);
-      const uint32_t tile_do = shared_address(shared.do_[ring.stage]) + turn * TILE + row;
       uint32_t first[PAIR ? 16 : 8], second[PAIR ? 16 : 8];  // scale e^gam do
-      add_do<T, PAIR>(s, first, tile_do, queries, factors.read + (lane & 3));
+      add_do<T, PAIR>(s, first, x, queries, factors.read + (lane & 3));
 
       // The image of dS1
       if constexpr (!OUTCOMES) {
@@ -441,7 +438,7 @@ __device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory
         w[2 * j + 1] = pack<T>(fmaf(f.x, y[2], z[2]), fmaf(f.y, y[3], z[3]));
       }
       multiply<T, true, false>(dv, w, columns(shared_address(shared.t[ring.stage])));
-      add_do<T, PAIR>(s, second, tile_do + 2 * 2048, advance(queries, 2 * 2048), factors.read + 16 + (lane & 3));
+      add_do<T, PAIR>(s, second, x + 8, advance(queries, 2 * 2048), factors.read + 16 + (lane & 3));
       const bool more = is_full(shared, INPUTS_FULL, next);
       if constexpr (!OUTCOMES) {
         fence_async_shared();
@@ -525,6 +522,7 @@ __global__ void __launch_bounds__(chain::Shape<STATE>::THREADS, 1) chain_kernel(
     }
   }
   __syncthreads();
+  allow_later_kernels();
   wait_for_earlier_kernels();
 
   if (warpgroup == 0) {
