@@ -44,10 +44,11 @@ class Parts {
   std::size_t bytes_ = 0;
 };
 
-// Scratch bytes of one slot and value head.
-int64_t bytes_per_head(const fd_problem& p) {
+// Scratch bytes of one slot and value head. Where dv is wanted (`has_dv`), the chain leaves it in the call's tensor alone,
+// and the gradients read it there.
+int64_t bytes_per_head(const fd_problem& p, bool has_dv) {
   const int64_t blocks = p.V / VALUES;
-  return static_cast<int64_t>(sizeof(ChunkVectors)) + 2 * TILE + blocks * (2 * STATE_TILE + 2 * TILE);
+  return static_cast<int64_t>(sizeof(ChunkVectors)) + 2 * TILE + blocks * (2 * STATE_TILE + (has_dv ? 1 : 2) * TILE);
 }
 
 // Floats of all heads' states; and what the pre-pass of context parallelism finds for one segment.
@@ -55,8 +56,8 @@ int64_t state_floats(const fd_problem& p) { return p.HV * p.V * p.K; }
 int64_t outcome_floats(const fd_problem& p) { return p.HV * (p.V + p.K) * p.K; }
 
 // As many tokens a wave as the limit on the workspace allows: all at once, or at least a segment.
-int64_t wave_tokens(const fd_problem& p) {
-  const int64_t positions = p.B * p.T, of_slot = p.HV * bytes_per_head(p);
+int64_t wave_tokens(const fd_problem& p, bool has_dv) {
+  const int64_t positions = p.B * p.T, of_slot = p.HV * bytes_per_head(p, has_dv);
   const int64_t of_segment =
       splits_backward(p) ? (state_floats(p) + outcome_floats(p)) * static_cast<int64_t>(sizeof(float)) : 0;
   const int64_t left = p.workspace_limit - p.N * (of_slot + of_segment);
@@ -78,7 +79,8 @@ struct Workspace {
   float2* gate_sums;  // [waves, chunk_slots, HV]
   std::size_t bytes;
 
-  Workspace(const fd_problem& p, void* base) : tiling(make_tiling(p, wave_tokens(p))), splits(splits_backward(p)) {
+  Workspace(const fd_problem& p, bool has_dv, void* base)
+      : tiling(make_tiling(p, wave_tokens(p, has_dv))), splits(splits_backward(p)) {
     Parts parts(base);
     const int64_t heads = int64_t{tiling.chunk_slots} * p.HV, blocks = heads * (p.V / VALUES);
     tables.chunks = parts.take<ChunkPlace>(int64_t{tiling.waves} * tiling.chunk_slots);
@@ -92,7 +94,7 @@ struct Workspace {
     scratch.s = parts.take<uint8_t>(blocks * STATE_TILE);
     scratch.ds = parts.take<uint8_t>(blocks * STATE_TILE);
     scratch.r = parts.take<uint8_t>(blocks * TILE);
-    scratch.dv = parts.take<uint8_t>(blocks * TILE);
+    scratch.dv = has_dv ? nullptr : parts.take<uint8_t>(blocks * TILE);
     saved = parts.take<float>(static_cast<int64_t>(saved_bytes(p) / sizeof(float)));
     for (float*& c : carry) c = parts.take<float>(tiling.waves > 1 ? state_floats(p) : 0);
     windows = parts.take<int>(splits ? tiling.segment_slots * p.HV : 0);
@@ -109,7 +111,7 @@ class Backward {
   Backward(const fd_backward_args& args, void* workspace, int sm_count, void* stream)
       : args_(args),
         p_(*args.problem),
-        workspace_(p_, workspace),
+        workspace_(p_, args.dv.data != nullptr, workspace),
         sequences_(args),
         gates_(args),
         initial_(args.initial_state, p_.initial_dtype, p_.initial_rows, args.initial_index, p_.index_dtype,
@@ -242,13 +244,6 @@ class Backward {
     return launch_states(parameters, bfloat16(), sm_count_, stream_);
   }
 
-  // With dv, where it is wanted, in the call's tensor alone: the chain leaves it there, the gradients read it there.
-  Scratch scratch() const {
-    Scratch scratch = workspace_.scratch;
-    if (args_.dv.data != nullptr) scratch.dv = nullptr;
-    return scratch;
-  }
-
   ChainParameters chain_parameters() const {
     const fd_index none{};
     return {
@@ -259,7 +254,7 @@ class Backward {
         .has_do = args_.do_.data != nullptr,
         .has_dv = args_.dv.data != nullptr,
         .sequences = sequences_,
-        .scratch = scratch(),
+        .scratch = workspace_.scratch,
         .runs = nullptr,
         .run_count = 0,
         .heads = heads(),
@@ -335,7 +330,7 @@ class Backward {
         .dbeta = View(args_.dbeta, p_.beta_dtype),
         .gate_sums = p_.gate == FD_GATE_RAW ? workspace_.gate_sums + heads_before : nullptr,
         .chunks = chunks(wave),
-        .scratch = scratch(),
+        .scratch = workspace_.scratch,
         .slots = workspace_.tiling.chunk_slots,
         .heads = heads(),
         .l2norm = p_.qk_l2norm,
@@ -381,7 +376,9 @@ std::size_t saved_bytes(const fd_problem& p) {
   return p.T <= SEGMENT ? 0 : static_cast<std::size_t>(saved_rows(p.B * p.T) * p.HV * p.V * p.K) * sizeof(float);
 }
 
-std::size_t backward_workspace(const fd_problem& p) { return Workspace(p, nullptr).bytes; }
+std::size_t backward_workspace(const fd_problem& p) {
+  return std::max(Workspace(p, true, nullptr).bytes, Workspace(p, false, nullptr).bytes);
+}
 
 fd_status run_backward(const fd_backward_args& args, void* workspace, int sm_count, void* stream) {
   return Backward(args, workspace, sm_count, stream).run();
