@@ -477,6 +477,7 @@ __global__ void __launch_bounds__(THREADS, 1) forward_kernel(const __grid_consta
     init_barriers(shared, arrivals);
   }
   __syncthreads();
+  allow_later_kernels();
   wait_for_earlier_kernels();
 
   if (warpgroup == 0) {
