@@ -18,8 +18,8 @@ struct ChainParameters {
   int heads;
   // A run that ends its sequence starts from the gradient of the final state (absent: zero), another from `starts`; one that
   // begins its sequence leaves the gradient of the initial state (if that is wanted: zero where the sequence had no initial
-  // state), another leaves `carry_out`, unless null. Only with that gradient do is rounded in two parts (see `add_do`), which
-  // changes the last bits of the other results.
+  // state), another leaves `carry_out`, unless null. Only with that gradient do is rounded in two parts (see `add_do`),
+  // which changes the last bits of the other results.
   Pool initial, dfinal, dinitial;
   int state_v_first;
   const float* starts;   // [HV][V][K], of run r from element r * start_stride on
