@@ -6,15 +6,19 @@
 
 namespace flashdelta::cuda {
 
-// Scratch. In T's space, left of and on the diagonal until T is written: L = strict_lower(K K^T diag(beta)) in fp16,
-// swizzled like a tile. In a space of its own, per warp: first the two 8 x 8 blocks on the diagonal of its rows of L in
-// fp32 (the blocks in different banks), then minus the transposed inverse of its 16 x 16 block in fp16 (`inverse_piece`).
-constexpr int DIAGONAL_BLOCK = 272, INVERSE_BYTES = 2 * DIAGONAL_BLOCK;
+// Scratch. `lower`: the blocks of 16 x 16 below the diagonal of L = strict_lower(K K^T diag(beta)) in fp16, as
+// `block_piece` says. `inverses`, per warp: first the two 8 x 8 blocks on the diagonal of its rows of L in fp32 (the blocks
+// in different banks), then minus the transposed inverse of its 16 x 16 block in fp16, likewise.
+constexpr int DIAGONAL_BLOCK = 272, INVERSE_BYTES = 2 * DIAGONAL_BLOCK, LOWER_BYTES = 6 * 512;
+struct alignas(16) TileScratch {
+  uint8_t lower[LOWER_BYTES];
+  uint8_t inverses[4 * INVERSE_BYTES];
+};
 
 // Changes the address of the first of a tile's 16 x 16 blocks in a row of a swizzled tile to that of block `b`.
 __device__ __forceinline__ uint32_t block_offset(int b) { return static_cast<uint32_t>(b) << 5; }
-// Byte offset of columns 8 `piece`.. of row `row`: eight rows in a row lie in different banks.
-__device__ __forceinline__ uint32_t inverse_piece(int row, int piece) {
+// Byte offset of columns 8 `piece`.. of row `row` of a block: eight rows in a row lie in different banks.
+__device__ __forceinline__ uint32_t block_piece(int row, int piece) {
   return static_cast<uint32_t>(row * 32 + ((piece ^ (row >> 2 & 1)) << 4));
 }
 
@@ -43,9 +47,9 @@ __device__ __forceinline__ void invert_diagonal(uint32_t (&x)[4], uint32_t scrat
     h = make_uint4(pack<__half>(y[0], y[1]), pack<__half>(y[2], y[3]), pack<__half>(y[4], y[5]), pack<__half>(y[6], y[7]));
   }
   __syncwarp();
-  store_shared(scratch + inverse_piece(lane & 15, block ^ (inverse ? 0 : 1)), h);
+  store_shared(scratch + block_piece(lane & 15, block ^ (inverse ? 0 : 1)), h);
   __syncwarp();
-  const uint32_t at = scratch + inverse_piece(lane & 15, lane >> 4);
+  const uint32_t at = scratch + block_piece(lane & 15, lane >> 4);
   uint32_t b[4];
   load_matrices(x, at);
   load_matrices_transposed(b, at);
@@ -54,10 +58,10 @@ __device__ __forceinline__ void invert_diagonal(uint32_t (&x)[4], uint32_t scrat
   const uint32_t a[4] = {pack<__half>(product[0], product[1]), 0, 0, 0};
   mma_half(corner, a, b[3], 0);
   x[2] = pack<__half>(corner[0], corner[1]);
-  store_shared(scratch + inverse_piece(lane >> 2, 1) + 4 * (lane & 3), x[2]);
+  store_shared(scratch + block_piece(lane >> 2, 1) + 4 * (lane & 3), x[2]);
 }
 
-// e^(later - earlier), from what ChunkGates holds: where the chunk's decay is small (FACTORED) the factors of
+// e^(later - earlier), from what TileGates holds: where the chunk's decay is small (FACTORED) the factors of
 // both, else the exponents.
 template <bool FACTORED, bool MINUS = false>
 __device__ __forceinline__ float gate(float later, float earlier) {
@@ -87,17 +91,20 @@ __device__ __forceinline__ void gate_transposed(uint32_t (&out)[4], const float 
 // with minus the diagonal inverses D and the blocks L in scratch. One piece of code for all warps, because four would not
 // fit in the cache of instructions.
 struct SolverPlace {
-  uint32_t rows;     // of L: the lane's row of the ldmatrix of block (w, 0)
+  uint32_t lower;    // the lane's row of the ldmatrix of the first block of L
   uint32_t inverse;  // likewise of D_w
   uint32_t tile;     // the lane's row of the stmatrix of block (w, 0) of the tile
   int w;
 
-  __device__ __forceinline__ SolverPlace(uint32_t tile_, uint32_t inverses, int w_, int lane)
-      : rows(tile_ + swizzled(16 * w_ + (lane & 7) + 8 * (lane >> 4), lane >> 3 & 1)),
-        inverse(inverses + w_ * INVERSE_BYTES + inverse_piece(lane & 15, lane >> 4)),
+  __device__ __forceinline__ SolverPlace(uint32_t tile_, const TileScratch& scratch, int w_, int lane)
+      : lower(shared_address(scratch.lower) + block_piece((lane & 7) + 8 * (lane >> 4), lane >> 3 & 1)),
+        inverse(shared_address(scratch.inverses) + w_ * INVERSE_BYTES + block_piece(lane & 15, lane >> 4)),
         tile(tile_ + swizzled(16 * w_ + (lane & 15), lane >> 4)),
         w(w_) {}
 };
+
+// Where block (i, k), k < i, of L lies in scratch.
+__device__ __forceinline__ uint32_t lower_block(int i, int k) { return static_cast<uint32_t>(i * (i - 1) / 2 + k) << 9; }
 
 // What step J, of X_{w + J}, needs besides the blocks before; past the last step any of the blocks, so that no load is
 // conditional: its registers would be taken all the time.
@@ -105,10 +112,10 @@ template <int J>
 struct SolverStep {
   uint32_t l[J][4], d[4];  // L_ik, -D_i^T
   __device__ __forceinline__ void load(const SolverPlace& at) {
-    const int row = at.w + J > 3 ? 3 - at.w : J;
+    const int i = at.w + J > 3 ? 3 : at.w + J;
 #pragma unroll
-    for (int k = 0; k < J; ++k) load_matrices(l[k], (at.rows ^ block_offset(at.w + k > 2 ? 2 : at.w + k)) + row * 2048);
-    load_matrices_transposed(d, at.inverse + row * INVERSE_BYTES);
+    for (int k = 0; k < J; ++k) load_matrices(l[k], at.lower + lower_block(i, at.w + k > 2 ? 2 : at.w + k));
+    load_matrices_transposed(d, at.inverse + (i - at.w) * INVERSE_BYTES);
   }
 };
 
@@ -170,11 +177,11 @@ __device__ __forceinline__ void solve(const SolverPlace& at, const SolverStep<1>
 }
 
 // Times Gam: e^(gam_row - gam_column), where the exponents cannot be taken apart.
-__device__ __forceinline__ void decay_queries(float (&qk)[32], const ChunkGates& gates, int row, int column) {
-  const float g0 = gates.gam[row], g1 = gates.gam[row + 8];
+__device__ __forceinline__ void decay_queries(float (&qk)[32], const TileGates& gates, int row, int column) {
+  const float g0 = gates.later[row], g1 = gates.later[row + 8];
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
-    const float2 g = *reinterpret_cast<const float2*>(&gates.gam[8 * j + column]);
+    const float2 g = *reinterpret_cast<const float2*>(&gates.later[8 * j + column]);
     qk[4 * j] *= gate<false>(g0, g.x);
     qk[4 * j + 1] *= gate<false>(g0, g.y);
     qk[4 * j + 2] *= gate<false>(g1, g.x);
@@ -224,17 +231,26 @@ __device__ __forceinline__ void begin_product(float (&d)[32], uint32_t tile_a, u
   wgmma_commit();
 }
 
+// Zeros in tiles of this file, of which the blocks left of T's diagonal and right of P's are never written. One warpgroup;
+// on return they are fenced for wgmma.
+__device__ __forceinline__ void clear_tiles(uint32_t tiles, int bytes, int thread) {
+  for (int i = thread * 16; i < bytes; i += 128 * 16) store_shared(tiles + i, make_uint4(0, 0, 0, 0));
+  fence_async_shared();
+}
+
 // Makes both tiles of one chunk. The warpgroup's 128 threads; `barrier`: their named barrier. On entry K, Q (64 x 128, two
-// halves of 64 columns, 8 KB each) and `gates` are in shared memory and the tiles' space is free; on return the tiles are
-// written and fenced for wgmma: `tile_t` is T transposed, `tile_p` is P, 64 x 64, swizzled. Without QUERIES there is no Q,
-// and `tile_p` is not touched.
-template <typename T, bool NORM, bool QUERIES = true>
+// halves of 64 columns, 8 KB each) are in shared memory, and the tiles were cleared once. `meanwhile` is called while the
+// first product runs; when it returns, `gates` are there, too, and the tiles' space is free. On return the tiles are
+// written, but not fenced for wgmma: `tile_t` is T transposed, `tile_p` is P, 64 x 64, swizzled. Without QUERIES there is no
+// Q, and `tile_p` is not touched.
+template <typename T, bool NORM, bool QUERIES, typename Meanwhile>
 __device__ __forceinline__ void make_tiles(uint32_t tile_k, uint32_t tile_q, uint32_t tile_t, uint32_t tile_p,
-                                           uint32_t inverses, const ChunkGates& gates, int barrier, int warp, int lane_) {
+                                           TileScratch& scratch, const TileGates& gates, int barrier, int warp, int lane_,
+                                           const Meanwhile& meanwhile) {
   int lane = opaque(lane_), row = 16 * warp + (lane >> 2), column = 2 * (lane & 3);
-  const uint32_t own_row = swizzled(16 * warp + (lane & 15), lane >> 4), scratch = inverses + warp * INVERSE_BYTES;
   float kk[32];
   begin_product<T>(kk, tile_k, tile_k);
+  meanwhile();
   [[maybe_unused]] float qk[32];
   float2 columns[8];
 #pragma unroll
@@ -243,9 +259,12 @@ __device__ __forceinline__ void make_tiles(uint32_t tile_k, uint32_t tile_q, uin
   if constexpr (NORM) rows = {gates.row[row], gates.row[row + 8]};
   wgmma_wait<0>();
   accumulators_ready(kk);
+  named_barrier(barrier, 128);  // nobody reads the scratch of the chunk before any more
 
   // L = K K^T diag(beta) of all blocks, though those right of the diagonal are wrong and not used: the same steps for all
   // warps are faster than steps that depend on the warp.
+  const uint32_t own = shared_address(scratch.inverses) + warp * INVERSE_BYTES;
+  const uint32_t lower = shared_address(scratch.lower) + lower_block(warp, 0) + block_piece(lane & 15, lane >> 4);
   uint32_t corner = 0;  // of the diagonal block, below its 8 x 8 blocks on the diagonal
 #pragma unroll
   for (int b = 0; b < 4; ++b) {
@@ -261,10 +280,10 @@ __device__ __forceinline__ void make_tiles(uint32_t tile_k, uint32_t tile_q, uin
     }
     const uint32_t y[4] = {pack<__half>(l[0], l[1]), pack<__half>(l[2], l[3]), pack<__half>(l[4], l[5]),
                            pack<__half>(l[6], l[7])};
-    store_matrices((tile_t + own_row) ^ block_offset(b), y[0], y[1], y[2], y[3]);
+    if (b < warp) store_matrices(lower + (b << 9), y[0], y[1], y[2], y[3]);
     if (b == warp) {
       corner = y[1];
-      const uint32_t at = scratch + (lane >> 2) * 32 + (lane & 3) * 8;
+      const uint32_t at = own + (lane >> 2) * 32 + (lane & 3) * 8;
       store_shared(at, make_float2(l[0], l[1]));
       store_shared(at + DIAGONAL_BLOCK, make_float2(l[6], l[7]));
     }
@@ -272,54 +291,37 @@ __device__ __forceinline__ void make_tiles(uint32_t tile_k, uint32_t tile_q, uin
   corner = static_cast<uint32_t>(opaque(static_cast<int>(corner)));  // one register from here on, not four
   // Q K^T runs while the diagonal blocks are inverted; together with K K^T it would take too many registers.
   if constexpr (QUERIES) begin_product<T>(qk, tile_q, tile_k);
-  if constexpr (QUERIES) {
-#pragma unroll
-    for (int b = 1; b < 4; ++b) {
-      if (b > warp) store_matrices((tile_p + own_row) ^ block_offset(b), 0, 0, 0, 0);
-    }
-  }
   __syncwarp();
   uint32_t x[4];
-  invert_diagonal(x, scratch, corner, lane);
+  invert_diagonal(x, own, corner, lane);
 
   lane = opaque(lane);
   row = 16 * warp + (lane >> 2);
   column = 2 * (lane & 3);
   const bool factored = gates.factored != 0;
-  const float* earlier = (factored ? gates.fall : gates.gam) + row;
-  const float2 minus_earlier = {0.0f - earlier[0], 0.0f - earlier[8]};
+  const float2 minus_earlier = {0.0f - gates.earlier[row], 0.0f - gates.earlier[row + 8]};
   if constexpr (QUERIES) {
-    const float* query = (factored ? gates.output : gates.query) + row;
-    rows = {query[0], query[8]};
+    rows = {gates.p_row[row], gates.p_row[row + 8]};
 #pragma unroll
-    for (int j = 0; j < 8; ++j) columns[j] = *reinterpret_cast<const float2*>(&gates.fall_key[8 * j + column]);
+    for (int j = 0; j < 8; ++j) columns[j] = *reinterpret_cast<const float2*>(&gates.p_column[8 * j + column]);
     wgmma_wait<0>();
     accumulators_ready(qk);
   }
   named_barrier(barrier, 128);  // L and the inverses are written
   lane = opaque(lane);
-  const SolverPlace place(tile_t, inverses, warp, lane);
+  const SolverPlace place(tile_t, scratch, warp, lane);
   SolverStep<1> step;
   step.load(place);
   if constexpr (QUERIES) {
     if (!factored) decay_queries(qk, gates, 16 * warp + (lane >> 2), 2 * (lane & 3));
     write_queries<T>(qk, tile_p, rows, columns, warp, lane);
   }
-  const float* later = (factored ? gates.rise : gates.gam) + 16 * warp + 2 * (lane & 3);
+  const float* later = gates.later + 16 * warp + 2 * (lane & 3);
   if (factored) {
     solve<T, true>(place, step, x, later, minus_earlier);
   } else {
     solve<T, false>(place, step, x, later, minus_earlier);
   }
-  named_barrier(barrier, 128);  // nobody reads L and the inverses any more
-  lane = opaque(lane);
-#pragma unroll
-  for (int b = 0; b < 3; ++b) {
-    if (b < warp) {
-      store_matrices((tile_t + swizzled(16 * warp + (lane & 15), lane >> 4)) ^ block_offset(b), 0, 0, 0, 0);
-    }
-  }
-  fence_async_shared();
 }
 
 }  // namespace flashdelta::cuda

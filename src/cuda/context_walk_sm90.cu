@@ -53,7 +53,7 @@ struct alignas(1024) WalkMemory {
   uint8_t k[CHUNK_STAGES][2 * TILE];  // two halves of 64 columns
   uint8_t v[CHUNK_STAGES][TILE];
   uint8_t t[T_STAGES][TILE];
-  uint8_t inverses[TILE_WARPGROUPS][4 * INVERSE_BYTES];  // scratch of make_tiles
+  TileScratch scratch[TILE_WARPGROUPS];
   ChunkGates gates[GATE_STAGES];
   WalkItem items[ITEM_STAGES];
   uint64_t barriers[WALK_BARRIERS][MAX_STAGES];
@@ -141,7 +141,7 @@ __device__ __forceinline__ void fill_walk_gates(const WalkParameters& p, WalkMem
         arrive(shared, CHUNK_FREE, chunks, lane);
       }
       wait_free<false>(shared, GATES_FREE, gates);
-      fill_gates<false>(shared.gates[gates.stage], tokens, key, {1.0f, 1.0f}, 1.0f, lane);
+      fill_gates(shared.gates[gates.stage], tokens, key, {1.0f, 1.0f}, 1.0f, lane);
       arrive(shared, GATES_FULL, gates, lane);
     }
     count -= static_cast<uint32_t>(c - end);
@@ -166,10 +166,12 @@ __device__ __forceinline__ void make_walk_tiles(WalkMemory& shared, int turn, in
       if (count % TILE_WARPGROUPS != static_cast<uint32_t>(turn)) continue;
       const Ring chunk = ring_at<CHUNK_STAGES>(count), gates = ring_at<GATE_STAGES>(count), tile = ring_at<T_STAGES>(count);
       wait_full(shared, CHUNK_FULL, chunk);
-      wait_full(shared, GATES_FULL, gates);
-      wait_free(shared, T_FREE, tile);
       make_tiles<T, NORM, false>(shared_address(shared.k[chunk.stage]), 0, shared_address(shared.t[tile.stage]), 0,
-                                 shared_address(shared.inverses[turn]), shared.gates[gates.stage], 1 + turn, warp, lane);
+                                 shared.scratch[turn], shared.gates[gates.stage], 1 + turn, warp, lane, [&] {
+                                   wait_full(shared, GATES_FULL, gates);
+                                   wait_free(shared, T_FREE, tile);
+                                 });
+      fence_async_shared();
       arrive(shared, CHUNK_FREE, chunk, lane);
       arrive(shared, GATES_FREE, gates, lane);
       arrive(shared, T_FULL, tile, lane);
@@ -345,6 +347,8 @@ __global__ void __launch_bounds__(WALK_THREADS, 1) walk_kernel(const __grid_cons
     walk_state<T>(p, shared, warp, lane);
   } else {
     fewer_registers<TILE_REGISTERS>();
+    if (warpgroup == 2) clear_tiles(shared_address(shared.t), sizeof(shared.t), 32 * warp + lane);
+    named_barrier(TILE_WARPGROUPS + 1, TILE_WARPGROUPS * 128);
     make_walk_tiles<T, NORM>(shared, warpgroup - 2, warp, lane);
   }
 }

@@ -49,7 +49,7 @@ template <int STATE>
 struct Shape {
   static constexpr int AUXILIARY = 3 - STATE;
   // Stages of each ring.
-  static constexpr int KQ = 4, V = 2, GATES = 4, O = STATE == 1 ? 2 : 1, TILES = STATE == 1 ? 3 : 2, ITEMS = 2;
+  static constexpr int KQ = 4, V = 2, GATES = 4, O = 1, TILES = STATE == 1 ? 3 : 2, ITEMS = 2;
   static constexpr int V_BYTES = STATE * CHUNK * VALUES * 2;
   // Registers per thread; they sum to at most 512.
   static constexpr int PRODUCER_REGISTERS = STATE == 1 ? 56 : 40, STATE_REGISTERS = STATE == 1 ? 216 : 192,
@@ -66,7 +66,7 @@ struct alignas(1024) SharedMemory {
   uint8_t o[S::O][S::V_BYTES];
   uint8_t t[S::TILES][CHUNK * CHUNK * 2];
   uint8_t p[S::TILES][CHUNK * CHUNK * 2];
-  uint8_t inverses[S::AUXILIARY][4 * INVERSE_BYTES];  // scratch of make_tiles
+  TileScratch scratch[S::AUXILIARY];
   ChunkGates gates[S::GATES];
   Item items[S::ITEMS];
   uint64_t barriers[BARRIERS][MAX_STAGES];
@@ -215,7 +215,7 @@ __device__ __forceinline__ void make_gates(const ForwardParameters& p, SharedMem
         nq = inverse_norms<T>(shared_address(shared.q[keys.stage]), p.l2norm_eps, lane);
       }
       wait_for_place<Shape<STATE>::GATES>(shared, count);
-      fill_gates<true>(shared.gates[ring.stage], tokens, nk, nq, p.scale, lane);
+      fill_gates(shared.gates[ring.stage], tokens, nk, nq, p.scale, lane);
       arrive(shared, GATES_FULL, ring, lane);
     }
     count -= static_cast<uint32_t>(c - end);
@@ -228,6 +228,7 @@ __device__ __forceinline__ void make_gates(const ForwardParameters& p, SharedMem
 template <typename T, int STATE, bool NORM>
 __device__ __forceinline__ void make_all_tiles(SharedMemory<STATE>& shared, int turn, int warp, int lane) {
   using S = Shape<STATE>;
+  constexpr uint32_t NONE = ~0u;
   uint32_t item_count = 0;
   uint32_t count = 0;  // chunks so far
   while (true) {
@@ -237,19 +238,29 @@ __device__ __forceinline__ void make_all_tiles(SharedMemory<STATE>& shared, int 
     const int chunks = item.sequence >= 0 ? item.end - item.first : -1;
     arrive(shared, ITEM_FREE, items, lane);
     if (chunks < 0) break;
+    // A chunk's tiles are fenced and handed over under the next one's first product: the fence takes a while.
+    uint32_t written = NONE;  // chunk whose tiles are not yet handed over
+    const auto hand_over = [&] {
+      if (written == NONE) return;
+      fence_async_shared();
+      wait_full(shared, V_FULL, ring_at<S::V>(written));
+      arrive(shared, TILES_FULL, ring_at<S::TILES>(written), lane);
+    };
     for (const uint32_t end = count + static_cast<uint32_t>(chunks); count != end; ++count) {
       if (S::AUXILIARY == 1 || count % S::AUXILIARY == static_cast<uint32_t>(turn)) {
         const Ring keys = ring_at<S::KQ>(count), gates = ring_at<S::GATES>(count), tiles = ring_at<S::TILES>(count);
-        wait_for_place<S::TILES>(shared, count);
         wait_full(shared, KQ_FULL, keys);
-        wait_full(shared, GATES_FULL, gates);
-        make_tiles<T, NORM>(shared_address(shared.k[keys.stage]), shared_address(shared.q[keys.stage]),
-                            shared_address(shared.t[tiles.stage]), shared_address(shared.p[tiles.stage]),
-                            shared_address(shared.inverses[turn]), shared.gates[gates.stage], 1 + turn, warp, lane);
-        wait_full(shared, V_FULL, ring_at<S::V>(count));
-        arrive(shared, TILES_FULL, tiles, lane);
+        make_tiles<T, NORM, true>(shared_address(shared.k[keys.stage]), shared_address(shared.q[keys.stage]),
+                                  shared_address(shared.t[tiles.stage]), shared_address(shared.p[tiles.stage]),
+                                  shared.scratch[turn], shared.gates[gates.stage], 1 + turn, warp, lane, [&] {
+                                    hand_over();
+                                    wait_for_place<S::TILES>(shared, count);
+                                    wait_full(shared, GATES_FULL, gates);
+                                  });
+        written = count;
       }
     }
+    hand_over();
   }
 }
 
@@ -498,8 +509,14 @@ __global__ void __launch_bounds__(THREADS, 1) forward_kernel(const __grid_consta
     } else {
       more_registers<S::AUXILIARY_REGISTERS>();
     }
+    const int thread = static_cast<int>(threadIdx.x) - (1 + STATE) * 128;
+    if (warpgroup == 1 + STATE) {
+      clear_tiles(shared_address(shared.t), sizeof(shared.t), thread);
+      clear_tiles(shared_address(shared.p), sizeof(shared.p), thread);
+    }
+    named_barrier(S::AUXILIARY + 1, S::AUXILIARY * 128);
     make_all_tiles<T, STATE, NORM>(shared, S::AUXILIARY == 1 ? 0 : warpgroup - 1 - STATE, warp, lane);
-    clear_padding<STATE>(p, static_cast<int>(threadIdx.x) - (1 + STATE) * 128);
+    clear_padding<STATE>(p, thread);
   }
 }
 

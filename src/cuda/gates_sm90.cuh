@@ -11,22 +11,23 @@ namespace flashdelta::cuda {
 using StateVector = float[4][24];
 static_assert(CHUNK == 64);
 
-// As the tiles' algebra ([64]) and the states want it; `gam` is the log2 of the decay from the chunk's start, inclusive.
-struct alignas(16) ChunkGates {
-  StateVector read;       // e^gam |k|^-1: factor of K S
-  StateVector write;      // beta e^(gam_C - gam) |k|^-1: factor of a row of V' in the state's update
-  StateVector emit;       // `output`
-  float output[CHUNK];    // scale e^gam |q|^-1: factor of Q S, and of a row of P
+// As the tiles' algebra wants it, [64] each.
+struct alignas(16) TileGates {
   float column[CHUNK];    // beta |k|^-1: factor of a column of K K^T
   float row[CHUNK];       // |k|^-1: factor of a row of K K^T
-  float gam[CHUNK];       // log2
-  float rise[CHUNK];      // e^gam, where the chunk's decay is small (`factored`)
-  float fall[CHUNK];      // e^-gam, likewise
-  float fall_key[CHUNK];  // factor of a column of P: e^-gam |k|^-1, not factored |k|^-1, both times beta if P is to have it
-  float query[CHUNK];     // scale |q|^-1
+  float later[CHUNK];     // Gam_ij follows from later[i] and earlier[j]: e^gam and e^-gam where the chunk's decay is small
+  float earlier[CHUNK];   // (`factored`); else both are gam, log2 of the decay from the chunk's start, inclusive
+  float p_row[CHUNK];     // factor of a row of P: scale |q|^-1, if factored times e^gam
+  float p_column[CHUNK];  // factor of a column of P: |k|^-1, if factored times e^-gam, if P is to have it times beta
   float decay;            // e^gam_C
   int factored;           // e^(gam_i - gam_j) may be computed as e^gam_i e^-gam_j
   float padding[2];
+};
+// The states want more.
+struct ChunkGates : TileGates {
+  StateVector read;   // e^gam |k|^-1: factor of K S
+  StateVector write;  // beta e^(gam_C - gam) |k|^-1: factor of a row of V' in the state's update
+  StateVector emit;   // scale e^gam |q|^-1: factor of Q S
 };
 
 // The lane's tokens' factors: of 8 j + 2 (lane % 4) and the next.
@@ -122,8 +123,8 @@ __device__ __forceinline__ float2 inverse_norms(uint32_t tile, float eps, int la
 
 // `key`, `query`: |k|^-1 and |q|^-1 of the lane's tokens with l2 norm, else 1. STRENGTH: the columns of P are to have beta.
 template <bool STRENGTH>
-__device__ __forceinline__ void fill_gates(ChunkGates& out, const TokenGates& tokens, float2 key, float2 query, float scale,
-                                           int lane) {
+__device__ __forceinline__ void fill_tile_gates(TileGates& out, const TokenGates& tokens, float2 key, float2 query,
+                                                float scale, int lane) {
   constexpr float FACTORED_BOUND = 64.0f;  // log2 of the chunk's decay up to which e^-gam is harmless
   const bool factored = tokens.total > -FACTORED_BOUND;
 #pragma unroll
@@ -131,23 +132,29 @@ __device__ __forceinline__ void fill_gates(ChunkGates& out, const TokenGates& to
     const int t = lane + 32 * i;
     const float g = tokens.gam[i], beta = tokens.beta[i];
     const float nk = i == 0 ? key.x : key.y, nq = scale * (i == 0 ? query.x : query.y);
-    const float rise = exp2_fast(g), fall = factored ? exp2_fast(-g) : 1.0f;
-    const int row = t >> 1 & 3, place = 2 * (t >> 3) + (t & 1);
-    out.read[row][place] = rise * nk;
-    out.write[row][place] = beta * exp2_fast(tokens.total - g) * nk;
-    out.emit[row][place] = rise * nq;
-    out.output[t] = rise * nq;
+    const float rise = factored ? exp2_fast(g) : 1.0f, fall = factored ? exp2_fast(-g) : 1.0f;
     out.column[t] = beta * nk;
     out.row[t] = nk;
-    out.gam[t] = g;
-    out.rise[t] = rise;
-    out.fall[t] = fall;
-    out.fall_key[t] = STRENGTH ? fall * nk * beta : fall * nk;
-    out.query[t] = nq;
+    out.later[t] = factored ? rise : g;
+    out.earlier[t] = factored ? fall : g;
+    out.p_row[t] = rise * nq;
+    out.p_column[t] = STRENGTH ? fall * nk * beta : fall * nk;
   }
   if (lane == 0) {
     out.decay = exp2_fast(tokens.total);
     out.factored = factored;
+  }
+}
+__device__ __forceinline__ void fill_gates(ChunkGates& out, const TokenGates& tokens, float2 key, float2 query, float scale,
+                                           int lane) {
+  fill_tile_gates<true>(out, tokens, key, query, scale, lane);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int t = lane + 32 * i, row = t >> 1 & 3, place = 2 * (t >> 3) + (t & 1);
+    const float nk = i == 0 ? key.x : key.y, nq = scale * (i == 0 ? query.x : query.y), rise = exp2_fast(tokens.gam[i]);
+    out.read[row][place] = rise * nk;
+    out.write[row][place] = tokens.beta[i] * exp2_fast(tokens.total - tokens.gam[i]) * nk;
+    out.emit[row][place] = rise * nq;
   }
 }
 

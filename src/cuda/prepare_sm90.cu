@@ -43,8 +43,8 @@ struct alignas(1024) SharedMemory {
   uint8_t q[KQ_STAGES][CHUNK * KEYS * 2];
   uint8_t t[WARPGROUPS][TILE];
   uint8_t p[WARPGROUPS][TILE];
-  uint8_t inverses[WARPGROUPS][4 * INVERSE_BYTES];  // scratch of make_tiles
-  ChunkGates gates[GATE_STAGES];
+  TileScratch scratch[WARPGROUPS];
+  TileGates gates[GATE_STAGES];
   Item items[KQ_STAGES];
   uint64_t barriers[BARRIERS][GATE_STAGES];
 };
@@ -126,7 +126,7 @@ __device__ __forceinline__ void make_gates(const PrepareParameters& p, SharedMem
       if (!mine) {
         arrive(shared, GATES_FREE, gates, lane);
       } else {
-        fill_gates<false>(shared.gates[gates.stage], tokens, key, query, p.scale, lane);
+        fill_tile_gates<false>(shared.gates[gates.stage], tokens, key, query, p.scale, lane);
         arrive(shared, GATES_FULL, gates, lane);
         fill_vectors(p.scratch.vectors[p.scratch.head(item.slot, first_head + i)], tokens, key, query, lane);
       }
@@ -144,6 +144,8 @@ __device__ __forceinline__ void make_all_tiles(const PrepareParameters& p, Share
   const uint32_t tile_t = shared_address(shared.t[turn]), tile_p = shared_address(shared.p[turn]);
   const int barrier = 1 + turn;
   const bool stores = warp == 0 && lane == 0;
+  clear_tiles(tile_t, TILE, 32 * warp + lane);
+  if constexpr (QUERIES) clear_tiles(tile_p, TILE, 32 * warp + lane);
   Ring ring;
   uint32_t unit = 0;  // (chunk, value head) so far
   while (true) {
@@ -158,8 +160,8 @@ __device__ __forceinline__ void make_all_tiles(const PrepareParameters& p, Share
       if (stores) stores_wait_read<0>();
       named_barrier(barrier, 128);  // the tiles of before are read
       make_tiles<T, NORM, QUERIES>(shared_address(shared.k[ring.stage]), shared_address(shared.q[ring.stage]), tile_t,
-                                   tile_p, shared_address(shared.inverses[turn]), shared.gates[gates.stage], barrier, warp,
-                                   lane);
+                                   tile_p, shared.scratch[turn], shared.gates[gates.stage], barrier, warp, lane, [] {});
+      fence_async_shared();
       arrive(shared, GATES_FREE, gates, lane);
       named_barrier(barrier, 128);  // the tiles are written and fenced
       if (stores) {
