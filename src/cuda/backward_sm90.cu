@@ -94,6 +94,8 @@ struct Workspace {
     scratch.s = parts.take<uint8_t>(blocks * STATE_TILE);
     scratch.ds = parts.take<uint8_t>(blocks * STATE_TILE);
     scratch.r = parts.take<uint8_t>(blocks * TILE);
+    scratch.stored = parts.take<unsigned>(heads + 1);
+    scratch.next_item = scratch.stored + heads;
     scratch.dv = has_dv ? nullptr : parts.take<uint8_t>(blocks * TILE);
     saved = parts.take<float>(static_cast<int64_t>(saved_bytes(p) / sizeof(float)));
     for (float*& c : carry) c = parts.take<float>(tiling.waves > 1 ? state_floats(p) : 0);
@@ -236,6 +238,8 @@ class Backward {
     StatesParameters parameters = states_parameters();
     parameters.runs = segments(wave);
     parameters.run_count = workspace_.tiling.segment_slots;
+    parameters.counts = workspace_.scratch.stored;
+    parameters.counts_size = static_cast<int>(workspace_.scratch.next_item - workspace_.scratch.stored) + 1;
     if (workspace_.splits) {
       parameters.row_blocks += KEYS / VALUES;
       parameters.transitions = workspace_.outcomes;

@@ -205,6 +205,14 @@ __device__ __forceinline__ void make_factors(const ChainParameters& p, SharedMem
   arrive(shared, INPUTS_FULL, ring, lane);
 }
 
+// Of a chunk whose stores are committed, and whose space in shared memory is free again: when they are written, the
+// gradients may know. The next chunk's have time until the one after it.
+template <int STATE>
+__device__ __forceinline__ void end_stores(const Scratch& scratch, int slot, int value_head) {
+  stores_wait();
+  count_written(scratch.stored + (slot * scratch.value_heads + value_head), STATE);
+}
+
 // Warp 2, one lane: stores dS.
 template <int STATE>
 __device__ __forceinline__ void store_states(const ChainParameters& p, SharedMemory<STATE>& shared) {
@@ -216,23 +224,23 @@ __device__ __forceinline__ void store_states(const ChainParameters& p, SharedMem
     stores_commit();
     stores_wait_read<0>();
     barrier_arrive(barrier_address(shared, DS_FREE, ring.stage));
+    end_stores<STATE>(p.scratch, slot, item.value_head);
     ring.next<1>();
   });
-  stores_wait();
 }
 
 // Warp 3, one lane: stores dv.
 template <int STATE>
 __device__ __forceinline__ void store_values(const ChainParameters& p, SharedMemory<STATE>& shared) {
   Ring ring;
-  for_each_chunk<STATE, false>(p, [&](const Item& item, int chunk, int slot) {
+  for_each_chunk<STATE, false>(p, [&](const Item& item, int, int slot) {
     wait_full(shared, DV_FULL, ring);
     const uint32_t dv = shared_address(shared.dv);
     if (p.scratch.dv != nullptr) {
       bulk_store(p.scratch.dv + p.scratch.block(slot, item.value_head, item.first_block) * TILE, dv, Shape<STATE>::BYTES);
     }
     if (p.has_dv != 0) {
-      const Place at = chunk_place(p, item, chunk);
+      const Place at = chunk_place(p, item, item.first_chunk + slot - item.slot);
 #pragma unroll
       for (int w = 0; w < STATE; ++w) {
         tensor_store(&p.dv, dv + w * TILE, (item.first_block + w) * VALUES, at.token, item.value_head, at.third, at.fourth);
@@ -241,9 +249,9 @@ __device__ __forceinline__ void store_values(const ChainParameters& p, SharedMem
     stores_commit();
     stores_wait_read<0>();
     barrier_arrive(barrier_address(shared, DV_FREE, ring.stage));
+    end_stores<STATE>(p.scratch, slot, item.value_head);
     ring.next<1>();
   });
-  stores_wait();
 }
 
 // Where values 64 `turn`.. of an item lie in [HV][V][K] states.
@@ -522,8 +530,8 @@ __global__ void __launch_bounds__(chain::Shape<STATE>::THREADS, 1) chain_kernel(
     }
   }
   __syncthreads();
-  allow_later_kernels();
   wait_for_earlier_kernels();
+  allow_later_kernels();  // the gradients do not wait for this kernel as a whole: what came before it has ended by now
 
   if (warpgroup == 0) {
     if constexpr (STATE == 2) fewer_registers<S::PRODUCER_REGISTERS>();

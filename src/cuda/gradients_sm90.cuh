@@ -1,6 +1,6 @@
 // Gradients of q, k, the gates and the write strengths for Hopper, chunk by chunk (docs/math.md): nothing here is serial. A
 // persistent block takes work items (chunk, key head) and walks the value heads of the key head; dq and dk stay in registers
-// over them. See docs/kernels.md.
+// over them. Blocks start on SMs that the chain leaves idle, and take up the chunks it is done with. See docs/kernels.md.
 //
 //   warpgroup 0, warp 0        states     <dS, S>
 //                warps 1, 2    gates      sums of all roles -> dg, dbeta, of alternate value heads
@@ -32,20 +32,21 @@ __device__ __forceinline__ Place place(const GradientParameters& p, const Item& 
 
 // --- loads
 
-// Brings a value head's tiles to L2, long before there is room for them in shared memory.
-__device__ __forceinline__ void prefetch(const GradientParameters& p, const Item& item, const Place& at, int value_head) {
+// Brings a value head's tiles to L2, long before there is room for them in shared memory; `stored`: the chain's, too.
+__device__ __forceinline__ void prefetch(const GradientParameters& p, const Item& item, const Place& at, int value_head,
+                                         bool stored) {
   constexpr int MOST = 4;  // blocks: those of all SMs together fill half of L2
   const int blocks = p.scratch.value_blocks < MOST ? p.scratch.value_blocks : MOST;
   const int64_t from = p.scratch.block(item.slot, value_head, 0);
   bulk_prefetch(p.scratch.r + from * TILE, blocks * TILE);
-  if (p.scratch.dv != nullptr) bulk_prefetch(p.scratch.dv + from * TILE, blocks * TILE);
+  if (stored && p.scratch.dv != nullptr) bulk_prefetch(p.scratch.dv + from * TILE, blocks * TILE);
   bulk_prefetch(p.scratch.s + from * STATE_TILE, blocks * STATE_TILE);
-  bulk_prefetch(p.scratch.ds + from * STATE_TILE, blocks * STATE_TILE);
+  if (stored) bulk_prefetch(p.scratch.ds + from * STATE_TILE, blocks * STATE_TILE);
 #pragma unroll 1
   for (int b = 0; b < blocks; ++b) {
     const int value = b * VALUES;
     if (p.has_do != 0) tensor_prefetch(&p.do_, value, at.token, value_head, at.third, at.fourth);
-    if (p.scratch.dv == nullptr) tensor_prefetch(&p.dv, value, at.token, value_head, at.third, at.fourth);
+    if (stored && p.scratch.dv == nullptr) tensor_prefetch(&p.dv, value, at.token, value_head, at.third, at.fourth);
   }
 }
 
@@ -54,9 +55,13 @@ __device__ __forceinline__ void load(const GradientParameters& p, SharedMemory& 
   const int group = p.scratch.value_heads / p.heads, value_blocks = p.scratch.value_blocks;
   // Fewer than 2^32: each has more than 100 KB of scratch memory.
   const unsigned key_heads = static_cast<unsigned>(p.heads), all = static_cast<unsigned>(p.slots) * key_heads;
-  for (unsigned index = blockIdx.x; index < all; index += gridDim.x) {
+  const unsigned stored = 2 * static_cast<unsigned>(value_blocks);  // tiles of a chunk and value head
+  bool ended = false;  // the chain: where cu_seqlens is garbage, it does not store all chunks that the table has
+  unsigned index = atomicAdd(p.scratch.next_item, 1u);
+  for (unsigned next; index < all; index = next) {
+    next = atomicAdd(p.scratch.next_item, 1u);
     Item item;
-    item.slot = static_cast<int>(index / key_heads);
+    item.slot = p.slots - 1 - static_cast<int>(index / key_heads);  // the chain's order
     item.head = static_cast<int>(index % key_heads);
     item.place = p.chunks[item.slot];
     if (item.place.sequence < 0) {
@@ -78,7 +83,12 @@ __device__ __forceinline__ void load(const GradientParameters& p, SharedMemory& 
     }
     for (int i = 0; i < group; ++i) {
       const int value_head = item.head * group + i;
-      prefetch(p, item, at, value_head);
+      const unsigned* count = p.scratch.stored + p.scratch.head(item.slot, value_head);
+      prefetch(p, item, at, value_head, is_written(count, stored));
+      if (!ended && !wait_written(count, stored)) {
+        wait_for_earlier_kernels();
+        ended = true;
+      }
       wait_free(shared, VECTORS_FREE, heads);
       const uint32_t vectors_full = barrier_address(shared, VECTORS_FULL, heads.stage);
       barrier_arrive_expect(vectors_full, sizeof(ChunkVectors));
@@ -508,7 +518,6 @@ __global__ void __launch_bounds__(gradients::THREADS, 1) gradients_kernel(const 
   fence_async_shared();
   __syncthreads();
   allow_later_kernels();
-  wait_for_earlier_kernels();
 
   if (warpgroup == 0) {
     fewer_registers<PRODUCER_REGISTERS>();
@@ -526,6 +535,9 @@ __global__ void __launch_bounds__(gradients::THREADS, 1) gradients_kernel(const 
     more_registers<ROWS_REGISTERS>();
     run_rows<T>(p, shared, static_cast<Side>(warpgroup - 1), warp);
   }
+  // At last, so that kernels which wait for this one wait for those, too.
+  __syncwarp();
+  wait_for_earlier_kernels();
 }
 
 }  // namespace flashdelta::cuda

@@ -19,7 +19,7 @@ struct GradientParameters {
   // Sums over each chunk's tokens for the gradients of A_log and dt_bias, null unless the gates are raw.
   float2* gate_sums;         // [slots, HV]
   const ChunkPlace* chunks;  // [slots]
-  Scratch scratch;           // vectors, s, ds, r, dv are read
+  Scratch scratch;           // vectors, s, ds, r, dv are read; the kernel before is the chain, which counts in `stored`
   int slots, heads;
   int l2norm;
   float scale;

@@ -148,6 +148,26 @@ __device__ __forceinline__ void stores_wait_read() {
 }
 __device__ __forceinline__ void stores_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
+// --- between blocks. A count in global memory says what bulk copies have written: one thread adds to it after stores_wait,
+// another waits for it before it starts copies that read.
+__device__ __forceinline__ void count_written(unsigned* count, unsigned written) {
+  asm volatile("fence.proxy.async.global;\nred.release.gpu.global.add.u32 [%0], %1;" ::"l"(count), "r"(written) : "memory");
+}
+__device__ __forceinline__ bool is_written(const unsigned* count, unsigned wanted) {
+  unsigned written;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];\nfence.proxy.async.global;" : "=r"(written) : "l"(count) : "memory");
+  return written >= wanted;
+}
+// False after about ten milliseconds.
+__device__ __forceinline__ bool wait_written(const unsigned* count, unsigned wanted) {
+  constexpr int TRIES = 1 << 14;
+  for (int i = 0; i < TRIES; ++i) {
+    if (is_written(count, wanted)) return true;
+    __nanosleep(100);
+  }
+  return false;
+}
+
 // --- shared memory by address
 // -------------------------------------------------------------------------------------------------
 

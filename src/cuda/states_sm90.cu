@@ -385,6 +385,10 @@ __global__ void __launch_bounds__(Shape<STATE>::THREADS, 1) states_kernel(const 
   __syncthreads();
   allow_later_kernels();
   wait_for_earlier_kernels();
+  for (unsigned i = blockIdx.x * blockDim.x + threadIdx.x; p.counts != nullptr && i < static_cast<unsigned>(p.counts_size);
+       i += gridDim.x * blockDim.x) {
+    p.counts[i] = 0;
+  }
 
   if (warpgroup == 0) {
     if constexpr (STATE == 2) fewer_registers<PRODUCER_REGISTERS>();

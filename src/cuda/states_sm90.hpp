@@ -39,6 +39,9 @@ struct StatesParameters {
   // from zero, and has no transition. -1: all chunks count. Null: likewise. A sequence's first run has no transition either
   // way.
   const int* windows = nullptr;
+  // Set to zero, if not null: the counts behind Scratch::stored and Scratch::next_item.
+  unsigned* counts = nullptr;
+  int counts_size = 0;
 };
 
 fd_status launch_states(const StatesParameters&, bool bfloat16, int sm_count, void* stream);

@@ -75,6 +75,11 @@ struct Scratch {
   uint8_t* r;             // [slot, value head, block] tiles: R, tokens x values
   uint8_t* dv;            // [slot, value head, block] tiles: gradient of v, tokens x values; null: only in the call's dv
 
+  // [slot, value head]: of the tiles of ds and of dv, how many the chain has stored. While it still walks the chunks, the
+  // gradients take up those it is done with. Zero before the chain; so is next_item, the gradients' queue.
+  unsigned* stored;
+  unsigned* next_item;
+
   __host__ __device__ int64_t head(int slot, int value_head) const {
     return static_cast<int64_t>(slot) * value_heads + value_head;
   }

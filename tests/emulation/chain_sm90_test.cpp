@@ -74,14 +74,19 @@ class Chain {
   // What the kernel wrote.
   struct Run {
     Memory ds, dv;
+    std::vector<unsigned> stored;
     Results results;
   };
 
   Run run(const Options& options) const {
-    Run out{Memory(bytes(cuda::STATE_TILE, blocks())), Memory(bytes(cuda::TILE, blocks())), {}};
+    Run out{Memory(bytes(cuda::STATE_TILE, blocks())),
+            Memory(bytes(cuda::TILE, blocks())),
+            std::vector<unsigned>(slots() * static_cast<std::size_t>(c_.HV)),
+            {}};
     cuda::Scratch scratch = scratch_;
     scratch.ds = out.ds.data();
     scratch.dv = out.dv.data();
+    scratch.stored = out.stored.data();
     static const Chain* chain_now;
     static const cuda::Scratch* scratch_now;
     static const Options* options_now;
@@ -110,6 +115,7 @@ class Chain {
           const int slot = first_slot(n) + static_cast<int>(chunk);
           used[static_cast<std::size_t>(slot)] = true;
           compare_chunk(run, reference.chunks[chunk], slot, hv, ds, dv);
+          EXPECT_EQ(run.stored[static_cast<std::size_t>(slot * c_.HV + hv)], 2 * static_cast<unsigned>(blocks()));
         }
         judge("ds", ds);
         judge("dv", dv);

@@ -34,10 +34,18 @@ constexpr double LOG2E = 1.4426950408889634, L2NORM_EPS = 1e-6;
 // The tiles that the kernels read, and what Wave has no place for.
 struct GradientWave : Wave {
   testing::Memory ds, dv;
+  std::vector<unsigned> stored;
+  unsigned next_item = 0;
 
-  explicit GradientWave(const Case& c) : Wave(c), ds(s.size()), dv(r.size()) {
+  explicit GradientWave(const Case& c)
+      : Wave(c),
+        ds(s.size()),
+        dv(r.size()),
+        stored(chunks.size() * static_cast<std::size_t>(c.HV), 2 * static_cast<unsigned>(scratch.value_blocks)) {
     scratch.ds = ds.data();
     scratch.dv = dv.data();
+    scratch.stored = stored.data();
+    scratch.next_item = &next_item;
   }
 };
 

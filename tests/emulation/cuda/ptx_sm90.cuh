@@ -227,6 +227,11 @@ void stores_wait_read() {
 }
 inline void stores_wait() { emulation::wait_for_stores(0, true); }
 
+inline void count_written(unsigned* count, unsigned written) { *count += written; }
+inline bool is_written(const unsigned* count, unsigned wanted) { return *count >= wanted; }
+// Kernels run one after another here.
+inline bool wait_written(const unsigned* count, unsigned wanted) { return is_written(count, wanted); }
+
 // --- arithmetic
 
 template <typename T>
