@@ -239,10 +239,10 @@ __device__ __forceinline__ void clear_tiles(uint32_t tiles, int bytes, int threa
 }
 
 // Makes both tiles of one chunk. The warpgroup's 128 threads; `barrier`: their named barrier. On entry K, Q (64 x 128, two
-// halves of 64 columns, 8 KB each) and `gates` are in shared memory, and the tiles were cleared once. `meanwhile` is called
-// while the first product runs; when it returns, the tiles' space is free. On return the tiles are written, but not fenced
-// for wgmma: `tile_t` is T transposed, `tile_p` is P, 64 x 64, swizzled. Without QUERIES there is no Q, and `tile_p` is not
-// touched.
+// halves of 64 columns, 8 KB each) are in shared memory, and the tiles were cleared once. `meanwhile` is called while the
+// first product runs; when it returns, `gates` are there, too, and the tiles' space is free. On return the tiles are
+// written, but not fenced for wgmma: `tile_t` is T transposed, `tile_p` is P, 64 x 64, swizzled. Without QUERIES there is no
+// Q, and `tile_p` is not touched.
 template <typename T, bool NORM, bool QUERIES, typename Meanwhile>
 __device__ __forceinline__ void make_tiles(uint32_t tile_k, uint32_t tile_q, uint32_t tile_t, uint32_t tile_p,
                                            TileScratch& scratch, const TileGates& gates, int barrier, int warp, int lane_,
@@ -250,13 +250,13 @@ __device__ __forceinline__ void make_tiles(uint32_t tile_k, uint32_t tile_q, uin
   int lane = opaque(lane_), row = 16 * warp + (lane >> 2), column = 2 * (lane & 3);
   float kk[32];
   begin_product<T>(kk, tile_k, tile_k);
+  meanwhile();
   [[maybe_unused]] float qk[32];
   float2 columns[8];
 #pragma unroll
   for (int j = 0; j < 8; ++j) columns[j] = *reinterpret_cast<const float2*>(&gates.column[8 * j + column]);
   float2 rows = {1.0f, 1.0f};
   if constexpr (NORM) rows = {gates.row[row], gates.row[row + 8]};
-  meanwhile();
   wgmma_wait<0>();
   accumulators_ready(kk);
   named_barrier(barrier, 128);  // nobody reads the scratch of the chunk before any more

@@ -166,10 +166,11 @@ __device__ __forceinline__ void make_walk_tiles(WalkMemory& shared, int turn, in
       if (count % TILE_WARPGROUPS != static_cast<uint32_t>(turn)) continue;
       const Ring chunk = ring_at<CHUNK_STAGES>(count), gates = ring_at<GATE_STAGES>(count), tile = ring_at<T_STAGES>(count);
       wait_full(shared, CHUNK_FULL, chunk);
-      wait_full(shared, GATES_FULL, gates);
       make_tiles<T, NORM, false>(shared_address(shared.k[chunk.stage]), 0, shared_address(shared.t[tile.stage]), 0,
-                                 shared.scratch[turn], shared.gates[gates.stage], 1 + turn, warp, lane,
-                                 [&] { wait_free(shared, T_FREE, tile); });
+                                 shared.scratch[turn], shared.gates[gates.stage], 1 + turn, warp, lane, [&] {
+                                   wait_full(shared, GATES_FULL, gates);
+                                   wait_free(shared, T_FREE, tile);
+                                 });
       fence_async_shared();
       arrive(shared, CHUNK_FREE, chunk, lane);
       arrive(shared, GATES_FREE, gates, lane);
