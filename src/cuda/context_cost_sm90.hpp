@@ -2,6 +2,7 @@
 // asks it with the real lengths and a sample of the gates, the host with what the problem says.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 namespace flashdelta::cuda {
@@ -71,7 +72,7 @@ struct Heads {
 
 // Chunk times of the busiest SM: all work evenly, or the longest item, or rounds of large items.
 __host__ __device__ inline float makespan(float even, float longest, float large_items, float large_length, int sm_count) {
-  const auto rounds = static_cast<float>((static_cast<int64_t>(large_items) + sm_count - 1) / sm_count);
+  const float rounds = ceilf(large_items / static_cast<float>(sm_count));
   const float a = even / static_cast<float>(sm_count), b = rounds * large_length;
   return a > b ? (a > longest ? a : longest) : (b > longest ? b : longest);
 }

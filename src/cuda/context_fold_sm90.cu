@@ -16,33 +16,41 @@ namespace {
 }  // namespace
 
 template <typename T>
-__global__ void __launch_bounds__(WINDOW_THREADS) windows_kernel(const __grid_constant__ WindowParameters p) {
+__global__ void __launch_bounds__(WINDOW_THREADS, 2) windows_kernel(const __grid_constant__ WindowParameters p) {
   extern __shared__ __align__(1024) uint8_t raw[];
   auto& shared = *reinterpret_cast<WindowMemory*>(raw);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   allow_later_kernels();
   wait_for_earlier_kernels();
   const int index = static_cast<int>(blockIdx.x) / p.value_heads, value_head = static_cast<int>(blockIdx.x) % p.value_heads;
-  if (index >= p.plan->pre_runs) return;
   const PreRun run = p.runs[index];
+  if (index >= p.plan->pre_runs) return;
   const TokenRange range = p.sequences[run.sequence];
   const int64_t begin = range.begin + static_cast<int64_t>(run.first_chunk) * CHUNK;
 
   int found = -1;
-  float factor = 0;  // log2, of the chunks from here to the last
-  for (int last = run.chunks - 1; last >= 0 && found < 0 && p.log_bound > -INFINITY; last -= WINDOW_WARPS) {
-    const int mine = last - warp;
-    const float x = mine < 0 ? 0.0f : chunk_factor<T>(p, range.batch, value_head, begin + mine * CHUNK + lane);
-    __syncthreads();  // the factors of before are read
-    if (lane == 0) shared.factor[warp] = x;
+  float factor = 0;  // log2, of the chunks after `last`
+  for (int last = run.chunks - 1; last >= 0 && found < 0 && p.log_bound > -INFINITY;) {
+    const int mine = last - warp, there = min(last + 1, WINDOW_WARPS);
+    const int64_t first = begin + mine * CHUNK + lane;
+    const float decay = mine < 0 ? 0.0f : chunk_decay(p, range.batch, value_head, first);
+    if (lane == 0) shared.decay[warp] = decay;
     __syncthreads();
-    for (int i = 0; i < WINDOW_WARPS && i <= last && found < 0; ++i) {
+    // So many of these chunks would do if no key lengthened a state: only their keys are read.
+    int count = 0;
+    float least = factor;
+    while (count < there && !(least <= p.log_bound)) least += shared.decay[count++];
+    // A head that decays as little as it has so far will not get there.
+    const int seen = run.chunks - 1 - last + count;
+    if (!(least * static_cast<float>(run.chunks) <= p.log_bound * static_cast<float>(seen))) break;
+    const float growth = warp < count ? chunk_growth<T>(p, range.batch, value_head, first) : 0.0f;
+    if (lane == 0) shared.factor[warp] = decay + growth;
+    __syncthreads();
+    for (int i = 0; i < count && found < 0; ++i) {
       factor += shared.factor[i];
       if (factor <= p.log_bound) found = last - i;
     }
-    // A head that decays as little as it has so far will not get there: its other keys are not read.
-    const int seen = run.chunks - max(last - WINDOW_WARPS + 1, 0);
-    if (!(factor * static_cast<float>(run.chunks) <= p.log_bound * static_cast<float>(seen))) break;
+    last -= count;
   }
 
   if (thread == 0) p.windows[index * p.value_heads + value_head] = found;

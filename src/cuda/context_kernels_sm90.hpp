@@ -11,6 +11,8 @@ namespace flashdelta::cuda {
 
 constexpr int MOST_SPLIT_HEADS = 256;  // more of them fill every GPU without cutting sequences
 constexpr int MOST_RUNS = 64;          // of a sequence that is cut
+constexpr int MOST_SMS = 132;  // of a Hopper GPU: whether sequences may be cut, and workspaces, do not depend on the device
+constexpr int MOST_CHAINS = 3 * MOST_SMS;
 
 // What the planner leaves on the device.
 struct Plan {
@@ -43,13 +45,14 @@ struct PlanParameters {
   Sequences sequences;
   Gates gates;
   int64_t B;
-  Machine first, second;  // shapes of the forward
-  int shapes;             // how many of them there are
-  int may_split;          // whether sequences may be cut
-  int forced;             // they are where there are enough chunks
-  int64_t most_chunks;    // of all sequences that they may be cut
-  int shortest;           // run, in chunks
-  float log_bound;        // log2 of what the decay over a window must come down to
+  int value_heads;
+  Machine shape[2];     // shapes of the forward
+  int shapes;           // how many of them there are
+  int may_split;        // whether sequences may be cut
+  int forced;           // they are where there are enough chunks
+  int64_t most_chunks;  // of all sequences that they may be cut
+  int shortest;         // run, in chunks
+  float log_bound;      // log2 of what the decay over a window must come down to
   Plan* plan;
   ForwardRun* runs;
   PreRun* pre_runs;

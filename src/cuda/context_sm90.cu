@@ -16,8 +16,7 @@ int shape_of_sequences(const fd_problem& p, int sm_count) {
 
 namespace {
 
-constexpr int MOST_SMS = 132;  // of a Hopper GPU: whether sequences may be cut, and workspaces, do not depend on the device
-constexpr int MIN_RUN = 2;     // chunks
+constexpr int MIN_RUN = 2;  // chunks
 constexpr int64_t MOST_SEQUENCES = 1 << 20;
 constexpr int MOST_CHUNKS = 1 << 25;
 constexpr int LIKELY_WINDOW = 5;  // chunks, where gates decay as in trained models: for the host, which sees no gates
@@ -139,7 +138,7 @@ RunLimits run_limits(const fd_problem& p) {
   if (!may_split) return {p.N, 0, chunks, 0, 0, 0};
   // Runs that fill the largest GPU three times are as many as can be useful.
   const int64_t blocks = p.HV * ((p.V + 2 * VALUES - 1) / (2 * VALUES));
-  const int64_t pre_runs = std::min((3 * MOST_SMS + blocks - 1) / blocks, chunks / MIN_RUN);
+  const int64_t pre_runs = std::min((MOST_CHAINS + blocks - 1) / blocks, chunks / MIN_RUN);
   const int64_t chains = std::min(p.N, pre_runs);
   return {p.N + pre_runs, pre_runs, chunks, chains, chains + pre_runs, shape};
 }
@@ -163,8 +162,8 @@ PlanParameters plan_parameters(const fd_forward_args& args, const RunLimits& mos
       .sequences = Sequences(args),
       .gates = Gates(args),
       .B = p.B,
-      .first = machine(p, sm_count, first),
-      .second = both ? machine(p, sm_count, 3 - first) : Machine{},
+      .value_heads = static_cast<int>(p.HV),
+      .shape = {machine(p, sm_count, first), both ? machine(p, sm_count, 3 - first) : Machine{}},
       .shapes = both ? 2 : 1,
       .may_split = split ? 1 : 0,
       .forced = p.context_parallel == FD_CONTEXT_ON ? 1 : 0,
@@ -188,7 +187,7 @@ fd_status plan_runs(const fd_forward_args& args, const RunLimits& most, const CU
   const PlanParameters plan = plan_parameters(args, most, w, sm_count);
   const auto shape = [&](const Machine& m) { return static_cast<int>(p.V / VALUES / std::max(m.blocks, 1)); };
   runs = {w.runs,
-          {shape(plan.first), shape(plan.second)},
+          {shape(plan.shape[0]), shape(plan.shape[1])},
           {&w.plan->runs[0], plan.shapes == 2 ? &w.plan->runs[1] : nullptr},
           w.starts,
           &w.plan->next_item};
