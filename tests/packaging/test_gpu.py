@@ -91,8 +91,8 @@ def test_peers_are_put_together_from_parts(tmp_path: Path) -> None:
     for i, part in enumerate((content[:100], content[100:])):
         folder = tmp_path / f"part{i}"
         folder.mkdir()
-        (folder / f"peers.0{i}").write_bytes(part)
-        (folder / "peers.count").write_text("2\n")
+        (folder / f"base.0{i}").write_bytes(part)
+        (folder / "base.count").write_text("2\n")
         assert not (site / "fla").exists()
         assert run("bench/peers.sh", "unpack", str(folder), str(site)).returncode == 0
     assert (site / "fla/__init__.py").read_text().startswith("version")
