@@ -1,5 +1,5 @@
 // The gradient of one chunk of tokens, as tiles: what src/cpu/backward.cpp runs over sequences, heads and threads. The
-// formulas are those of docs/math.md, "Backward"; docs/kernels.md#cpu-backward draws the flow.
+// formulas are those of docs/math.md, "Backward"; docs/kernels/cpu.md draws the flow.
 //
 // A group is a query/key head with its G value heads. Work on a chunk comes at three levels, each with its struct of tiles:
 //   KeyChunk    once per group: q and k, their products

@@ -21,7 +21,7 @@ constexpr std::int64_t kMinColumns = 32;              // a task has at least thi
 constexpr std::int64_t kElementsPerThread = 1 << 16;  // elements of states worth a thread
 
 // States that go elsewhere and are too many for a core's cache to keep until the next token are written past the caches:
-// ordinary stores read the memory first (docs/kernels.md#cpu).
+// ordinary stores read the memory first (docs/kernels/cpu.md).
 constexpr std::int64_t kStreamedBytes = 1 << 20;
 
 // One thread's memory. `state` is needed only where a sequence may have more than one token.

@@ -1,4 +1,4 @@
-// The decode step: a few tokens per sequence, one after another. See docs/kernels.md#step.
+// The decode step: a few tokens per sequence, one after another. See docs/kernels/step.md.
 //
 // Memory-bound: what counts is that each state is read once and written once, 16 bytes per access, with many bytes in
 // flight. Value rows of a state are independent, so a block owns all keys and 128 bytes' worth of values (32 or 64) of one

@@ -1,4 +1,4 @@
-// The decode step where it is fastest: 128 keys, states that can be copied by 16 bytes. See docs/kernels.md#step.
+// The decode step where it is fastest: 128 keys, states that can be copied by 16 bytes. See docs/kernels/step.md.
 //
 // A slab is all keys of 32 values of one head's state, and belongs to one warp from the first token to the last: the warp
 // copies it to shared memory without waiting (so what is in flight costs no registers), and reads it there twice:
