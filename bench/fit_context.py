@@ -27,6 +27,7 @@ ABOUT = {
     "WALK_CHUNK": "pre-pass, a chunk, 64 rows of values or transition",
     "RUN": "until a run's first chunk is under way",
     "FOLD_STEP": "from one run's first state to the next's",
+    "HEAD": "pre-pass, a run of a head: its window, states in and out",
     "PRE_PASS": "start of the pre-pass's kernels",
     "EMPTY": "likewise, where they find nothing to do",
 }
@@ -51,13 +52,14 @@ def pre_pass_counts(heads: int, entry: dict[str, Any]) -> dict[str, float]:
     """As pre_pass_cost in the header."""
     runs, exact = entry["pre_runs"], entry["exact_heads"]
     length, blocks = entry["pre_chunks"] / runs, HEAD_DIM // VALUES
-    even = (exact * (blocks + 2) * length + (heads - exact) * blocks * min(WINDOW, length)) * runs / SMS
+    rows = exact * (blocks + 2), (heads - exact) * blocks
+    even = (rows[0] * length + rows[1] * min(WINDOW, length)) * runs / SMS
     longest = length if exact else min(WINDOW, length)
-    rounds = -(-int(exact * (blocks + 2) * runs) // SMS)
-    counts = {"PRE_PASS": 1.0, "FOLD_STEP": runs if exact else 0.0}
-    # The largest of three, two of them with the start of runs.
+    rounds = -(-int(rows[0] * runs) // SMS)
+    counts = {"PRE_PASS": 1.0, "HEAD": heads * runs / SMS, "FOLD_STEP": runs if exact else 0.0}
+    # The largest of three.
     if rounds <= 1 and even > longest:
-        return {**counts, "WALK_CHUNK": even}
+        return {**counts, "WALK_CHUNK": even, "RUN": sum(rows) * runs / SMS}
     return {**counts, "WALK_CHUNK": max(rounds, 1) * longest, "RUN": max(rounds, 1)}
 
 

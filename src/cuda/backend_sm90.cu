@@ -113,10 +113,8 @@ fd_status forward(const fd_forward_args& args, void* workspace, void* stream) {
     const dim3 grid(static_cast<unsigned>(std::min<int64_t>(items, device->sm_count)));
     return launch_forward(parameters, shape, p.dtype == FD_BFLOAT16, p.qk_l2norm != 0, grid, stream);
   };
-  const int shape = shape_of_sequences(p, device->sm_count);
-  const bool all_at_once = p.N * p.HV * (p.V / (VALUES * shape)) <= device->sm_count;
   const RunLimits most = run_limits(p);
-  if (!most.split() && (p.N == 1 || all_at_once)) return walk(shape, p.N);
+  if (!needs_plan(p, most, device->sm_count)) return walk(shape_of_sequences(p, device->sm_count), p.N);
 
   ForwardRuns runs;
   status = plan_runs(args, most, parameters.k, parameters.v, runs, device->sm_count, workspace, stream);

@@ -7,17 +7,29 @@
 
 namespace flashdelta::cuda {
 
-// Cycles on one SM. Of the forward: fitted to an H200's times of whole sequences. Of the pre-pass: predictions;
-// bench/fit_context.py finds them from a run on a device (docs/kernels.md).
+// Cycles on one SM, fitted to an H200's times by bench/fit_context.py (docs/kernels.md); HEAD, PRE_PASS and EMPTY less by
+// what the pre-pass's kernels are thought to have gained since.
 struct Costs {
-  static constexpr float HALF_CHUNK = 3200;  // forward, a chunk, 64 values
-  static constexpr float FULL_CHUNK = 5000;  // forward, a chunk, 128 values
-  static constexpr float WALK_CHUNK = 2000;  // pre-pass, a chunk, 64 rows of values or transition
-  static constexpr float RUN = 9000;         // until a run's first chunk is under way
-  static constexpr float FOLD_STEP = 2500;   // from one run's first state to the next's
-  static constexpr float PRE_PASS = 25000;   // start of the pre-pass's kernels
-  static constexpr float EMPTY = 11000;      // likewise, where they find nothing to do
+  static constexpr float HALF_CHUNK = 2750;  // forward, a chunk, 64 values
+  static constexpr float FULL_CHUNK = 4450;  // forward, a chunk, 128 values
+  static constexpr float WALK_CHUNK = 2050;  // pre-pass, a chunk, 64 rows of values or transition
+  static constexpr float RUN = 11500;        // until a run's first chunk is under way
+  static constexpr float FOLD_STEP = 2000;   // from one run's first state to the next's
+  static constexpr float HEAD = 50000;       // pre-pass, a run of a head: its window, states in and out
+  static constexpr float PRE_PASS = 13000;   // start of the pre-pass's kernels
+  static constexpr float EMPTY = 13000;      // likewise, where they find nothing to do
+  static constexpr float SHAPES = 8000;      // where the planner does no more than to choose the forward's shape
 };
+
+// The host asks the planner only where that can pay. It knows T, N and the heads, of packed sequences no lengths, and of no
+// gates; it takes a quarter of the heads not to decay. Let `whole` be the cycles without any cut, all lengths equal.
+//
+//   cuts    known lengths: if a cut gains 10 % of `whole` even where nothing decays, they are cut, and the host chooses the
+//           forward's shape. Else the planner is asked where (a) a cut gains 10 %, for packed sequences if one of them has
+//           all tokens: the case that gains most, and (b) EMPTY is at most 3 % of `whole`, or nothing is lost anyway
+//   shape   packed sequences that may not be cut: the planner chooses the forward's shape where (a) the shape for equal
+//           lengths would take 10 % more for one sequence with all tokens than the other, and (b) SHAPES is at most 3 %
+//   order   packed sequences with more items than SMs: longest first. Equal lengths need no order, and no planner
 
 // What a call's work is divided into.
 struct Machine {
@@ -92,10 +104,11 @@ __host__ __device__ inline float pre_pass_cost(const Machine& m, const Cut& cut,
   const auto runs = static_cast<float>(cut.pre_runs), chunks = static_cast<float>(cut.pre_chunks);
   const auto exact = static_cast<float>(heads.exact), blocks = static_cast<float>(m.walk_blocks);
   const float length = chunks / runs, extra = Costs::RUN / Costs::WALK_CHUNK;
-  const float walks = exact * (blocks + 2) * chunks + blocks * heads.windows * runs;
+  const float all = static_cast<float>(m.value_heads), items = exact * (blocks + 2) + (all - exact) * blocks;  // of a run
+  const float walks = exact * (blocks + 2) * chunks + blocks * heads.windows * runs + items * runs * extra;
   const float longest = (heads.exact > 0 ? length : heads.longest) + extra;
   const float steps = heads.exact > 0 ? static_cast<float>(cut.steps) : 0.0f;
-  return Costs::PRE_PASS + Costs::FOLD_STEP * steps +
+  return Costs::PRE_PASS + Costs::FOLD_STEP * steps + Costs::HEAD * all * runs / static_cast<float>(m.sm_count) +
          Costs::WALK_CHUNK * makespan(walks, longest, exact * (blocks + 2) * runs, length + extra, m.sm_count);
 }
 

@@ -156,7 +156,8 @@ __device__ Choice choose(const PlanParameters& p, PlanMemory& shared) {
   int shape = 0;
   const float cycles = cost(p, shared, cut, lane, shape);
   if (lane == 0) {
-    shared.costs[candidate] = cut.pre_runs > 0 || (candidate == 0 && p.forced == 0) ? cycles : INFINITY;
+    const bool allowed = p.may_split != 0 && cut.pre_runs > 0;
+    shared.costs[candidate] = allowed || (candidate == 0 && p.forced == 0) ? cycles : INFINITY;
     shared.shapes[candidate] = shape;
   }
   __syncthreads();
@@ -180,7 +181,7 @@ __device__ Choice choose(const PlanParameters& p, PlanMemory& shared) {
   }
   if (!(least < INFINITY)) best = 0;
   const int length = length_of(best);
-  if (thread < p.value_heads && !(shared.windows[thread] < static_cast<float>(length))) {
+  if (p.may_split != 0 && thread < p.value_heads && !(shared.windows[thread] < static_cast<float>(length))) {
     atomicAdd(&shared.exact_heads, 1u);
   }
   return {length, shared.shapes[best]};
@@ -286,8 +287,10 @@ __global__ void __launch_bounds__(PLAN_THREADS) plan_kernel(const __grid_constan
     if (thread < p.value_heads) shared.windows[thread] = window_of(p, shared.decays[thread]);
     __syncthreads();
     order_heads(p, shared);
-    // Sequences that overlap, where cu_seqlens is garbage, may have more chunks than there is room for.
-    if ((int64_t{shared.total_high} << 16) + shared.total_low <= p.most_chunks) choice = choose(p, shared);
+  }
+  // Sequences that overlap, where cu_seqlens is garbage, may have more chunks than there is room for.
+  if ((p.may_split != 0 || p.shapes == 2) && (int64_t{shared.total_high} << 16) + shared.total_low <= p.most_chunks) {
+    choice = choose(p, shared);
   }
   const unsigned sum = lay_out(p, shared, choice.length);
   if (thread == 0) {

@@ -69,47 +69,50 @@ Cut cut_equally(int64_t sequences, int chunks, int length) {
 }
 
 // Cycles of a good way to cut `sequences` of as many chunks each, with these heads: into runs that fill the device once,
-// twice, ... Infinite if they are too short.
+// twice, ..., or fewer. Infinite if they are too short.
 float best_split(const Machine& m, int64_t sequences, int chunks, const Heads& heads) {
   float best = std::numeric_limits<float>::infinity();
-  const int most = std::min(MOST_RUNS, chunks / MIN_RUN);
-  for (int rounds = 1; rounds <= 8 && most >= 2; ++rounds) {
-    const int64_t fill = rounds * m.sm_count / (sequences * m.value_heads * m.blocks);
-    const auto runs = static_cast<int>(std::clamp<int64_t>(fill, 2, most));
-    const Cut cut = cut_equally(sequences, chunks, (chunks + runs - 1) / runs);
+  const int64_t most = std::min(MOST_RUNS, chunks / MIN_RUN);
+  const auto consider = [&](int64_t runs) {
+    const Cut cut = cut_equally(sequences, chunks, static_cast<int>((chunks + runs - 1) / runs));
     best = std::min(best, forward_cost(m, cut) + pre_pass_cost(m, cut, heads));
-    if (runs == most) break;
+  };
+  if (most < 2) return best;
+  for (int rounds = 1; rounds <= 4; ++rounds) {
+    consider(std::clamp<int64_t>(rounds * m.sm_count / (sequences * m.value_heads * m.blocks), 2, most));
   }
+  for (int64_t runs = 2; runs <= most; runs += (runs + 2) / 3) consider(runs);
   return best;
 }
 
-// Whether sequences are cut if what lies on the device makes it worth while.
+// What the planner is asked, as context_cost_sm90.hpp says.
 struct Decision {
-  bool may_split;
-  int shape;  // as in RunLimits
+  bool may_split;  // whether sequences are cut if what lies on the device makes it worth while
+  int shape;       // as in RunLimits
+  bool shapes;     // whether the planner chooses the forward's, though nothing is cut
 };
 Decision decide(const fd_problem& p) {
-  constexpr float CERTAIN = 0.9f, GAIN = 0.8f, LOSS = 0.03f;  // of the time that whole sequences take
+  constexpr float PAYS = 0.9f, LOSS = 0.03f;  // of the time that whole sequences take
   const int64_t longest = (p.T + CHUNK - 1) / CHUNK;
   if (p.context_parallel == FD_CONTEXT_OFF || longest < 2 * MIN_RUN || p.N == 0 || p.N > MOST_SEQUENCES ||
       p.HV > MOST_SPLIT_HEADS || longest * p.B + p.N > MOST_CHUNKS) {
-    return {false, 0};
+    return {false, 0, false};
   }
   const bool forced = p.context_parallel == FD_CONTEXT_ON, known = p.N == p.B;  // lengths
-  if (forced && !known) return {true, 0};
-  const int whole_shape = shape_of_sequences(p, MOST_SMS), most_warpgroups = p.V % (2 * VALUES) != 0 ? 1 : 2;
-  const auto plain = [&](int64_t sequences, int length) {
-    return forward_cost(machine(p, MOST_SMS, whole_shape), cut_equally(sequences, length, length));
+  if (forced && !known) return {true, 0, false};
+  const int shapes = p.V % (2 * VALUES) != 0 ? 1 : 2, whole_shape = shape_of_sequences(p, MOST_SMS);
+  const auto plain = [&](int64_t sequences, int length, int shape) {
+    return forward_cost(machine(p, MOST_SMS, shape), cut_equally(sequences, length, length));
   };
   const auto chunks = static_cast<int>(longest), HV = static_cast<int>(p.HV);
-  const auto with_windows = [&](int heads) {
-    return Heads{HV - heads, static_cast<float>(heads * LIKELY_WINDOW), heads > 0 ? float{LIKELY_WINDOW} : 0.0f};
-  };
+  const Heads constant{HV, 0.0f, 0.0f};
+  const int decaying = HV - HV / 4;
+  const Heads usual{HV - decaying, static_cast<float>(decaying * LIKELY_WINDOW), float{LIKELY_WINDOW}};
   // In the better shape, which is left in `shape`.
   int shape = 1;
   const auto split = [&](int64_t sequences, int length, const Heads& heads) {
     float best = std::numeric_limits<float>::infinity();
-    for (int i = 1; i <= most_warpgroups; ++i) {
+    for (int i = 1; i <= shapes; ++i) {
       const float cost = best_split(machine(p, MOST_SMS, i), sequences, length, heads);
       if (cost < best) {
         best = cost;
@@ -118,34 +121,41 @@ Decision decide(const fd_problem& p) {
     }
     return best;
   };
-  // Lengths that are not known: it has to pay if one sequence has all tokens, and may not cost much if all are equal.
   const int equal = known ? chunks : std::max(1, static_cast<int>(longest / p.N));
-  const float whole = plain(p.N, equal), constant = split(p.N, equal, with_windows(0));
-  if (known && (forced || constant <= CERTAIN * whole)) {
-    split(p.N, chunks, with_windows(HV - HV / 4));  // as with the gates of trained models
-    return {true, shape};
+  const float whole = plain(p.N, equal, whole_shape), exact = split(p.N, equal, constant);
+  if (known && (forced || exact <= PAYS * whole)) {
+    split(p.N, chunks, usual);
+    return {true, shape, false};
   }
-  const int64_t cut = known ? p.N : 1;
-  const float loss = std::min(constant - whole, float{Costs::EMPTY});  // the planner takes the lesser
-  return {split(cut, chunks, with_windows(HV)) <= GAIN * plain(cut, chunks) && loss <= LOSS * whole, 0};
+  const int64_t most_uneven = known ? p.N : 1;  // sequences
+  const float uneven = plain(most_uneven, chunks, whole_shape);
+  const float other = shapes == 2 ? plain(most_uneven, chunks, 3 - whole_shape) : uneven;
+  const float loss = std::min(exact - whole, float{Costs::EMPTY});  // the planner takes the lesser
+  if (split(most_uneven, chunks, usual) <= PAYS * std::min(uneven, other) && loss <= LOSS * whole) return {true, 0, false};
+  return {false, 0, !known && other <= PAYS * uneven && Costs::SHAPES <= LOSS * whole};
 }
 
 }  // namespace
 
 RunLimits run_limits(const fd_problem& p) {
   const int64_t chunks = p.N == p.B ? p.B * ((p.T + CHUNK - 1) / CHUNK) : p.T / CHUNK + p.N;
-  const auto [may_split, shape] = decide(p);
-  if (!may_split) return {p.N, 0, chunks, 0, 0, 0};
+  const auto [may_split, shape, shapes] = decide(p);
+  if (!may_split) return {p.N, 0, chunks, 0, 0, 0, shapes};
   // Runs that fill the largest GPU three times are as many as can be useful.
   const int64_t blocks = p.HV * ((p.V + 2 * VALUES - 1) / (2 * VALUES));
   const int64_t pre_runs = std::min((MOST_CHAINS + blocks - 1) / blocks, chunks / MIN_RUN);
   const int64_t chains = std::min(p.N, pre_runs);
-  return {p.N + pre_runs, pre_runs, chunks, chains, chains + pre_runs, shape};
+  return {p.N + pre_runs, pre_runs, chunks, chains, chains + pre_runs, shape, shape == 0};
+}
+
+bool needs_plan(const fd_problem& p, const RunLimits& most, int sm_count) {
+  if (most.split() || most.shapes) return true;
+  return p.N != p.B && p.N * p.HV * (p.V / (VALUES * shape_of_sequences(p, sm_count))) > sm_count;
 }
 
 std::size_t runs_workspace(const fd_problem& p) {
   const RunLimits most = run_limits(p);
-  return p.N > 1 || most.split() ? Workspace(p, most, nullptr).bytes : 0;
+  return p.N != p.B || most.split() ? Workspace(p, most, nullptr).bytes : 0;
 }
 
 namespace {
@@ -154,7 +164,7 @@ PlanParameters plan_parameters(const fd_forward_args& args, const RunLimits& mos
   const fd_problem& p = *args.problem;
   const bool split = most.split();
   const int whole = shape_of_sequences(p, sm_count);
-  const bool both = split && most.shape == 0 && p.V % (2 * VALUES) == 0;
+  const bool both = most.shapes && p.V % (2 * VALUES) == 0;
   const int first = most.shape == 0 ? whole : most.shape;
   // Each run of the pre-pass has its room where runs have at least so many chunks.
   const int64_t shortest = split ? std::max<int64_t>(MIN_RUN, (most.chunks + most.pre_runs - 1) / most.pre_runs) : 1;

@@ -26,9 +26,13 @@ struct RunLimits {
   int64_t chains;    // sequences that are cut
   int64_t starts;    // their runs
   int shape;         // of the forward, if it is certain that sequences are cut; 0: as the planner finds
+  bool shapes;       // whether the planner chooses the forward's shape
   bool split() const { return pre_runs > 0; }
 };
 RunLimits run_limits(const fd_problem&);
+
+// Whether the forward has to wait for `plan_runs`; else sequences come as they are. Pure.
+bool needs_plan(const fd_problem&, const RunLimits&, int sm_count);
 
 // Bytes of `plan_runs`'s workspace. Pure.
 std::size_t runs_workspace(const fd_problem&);

@@ -27,13 +27,15 @@ namespace flashdelta::emulation {
 
 ContextCounts read_context_counts(const fd_problem& p, void* workspace) {
   const cuda::RunLimits most = cuda::run_limits(p);
-  if (!most.split()) return {};
+  if (!most.split() && !most.shapes) return {};
   const cuda::Workspace w(p, most, workspace);
   ContextCounts counts;
   counts.runs = w.plan->runs[0] + w.plan->runs[1];
   counts.pre_runs = w.plan->pre_runs;
   counts.pre_chunks = w.plan->chunks;
   counts.chains = w.plan->chains;
+  counts.shape = static_cast<int>(p.V / cuda::VALUES / w.plan->value_blocks);
+  counts.may_cut = most.split();
   for (std::int64_t i = 0; i < w.plan->pre_runs * p.HV; ++i) {
     counts.windows += w.windows[i] >= 0 ? 1 : 0;
     counts.skipped += std::max(w.windows[i], 0);
@@ -55,7 +57,7 @@ std::optional<ContextCounts> plan(const std::vector<std::int64_t>& lengths, std:
   given.gate = FD_GATE_LOG;
   const fd_problem problem = normalise(Operation::forward, given);
   const cuda::RunLimits most = cuda::run_limits(problem);
-  if (!most.split()) return std::nullopt;
+  if (!most.split() && !most.shapes) return std::nullopt;
   fd_forward_args args = {};
   args.problem = &problem;
   args.g = {g.data(), {0, HV, 1, 0}};
@@ -65,7 +67,7 @@ std::optional<ContextCounts> plan(const std::vector<std::int64_t>& lengths, std:
   const cuda::Workspace w(problem, most, memory.get());
   if (cuda::launch_plan(cuda::plan_parameters(args, most, w, sm_count), nullptr) != FD_OK)
     throw std::runtime_error(fd_last_error());
-  std::fill_n(w.windows, w.plan->pre_runs * HV, -1);
+  if (most.split()) std::fill_n(w.windows, w.plan->pre_runs * HV, -1);
   return read_context_counts(problem, memory.get());
 }
 

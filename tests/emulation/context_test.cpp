@@ -219,7 +219,7 @@ TEST(EmulatedPlan, CutsSequencesWhereThatShouldPay) {
   }();
   const std::vector<Decision> decisions = {
       {{32768}, 16, 64, false, 0, 0},
-      {{32768}, 16, 48, true, 0, 1},
+      {{32768}, 16, 48, false, 0, 0},
       {{32768}, 16, 32, true, 1, 1},
       {{32768}, 4, 16, true, 1, 1},
       {{32768}, 2, 8, true, 1, 1},
@@ -230,11 +230,13 @@ TEST(EmulatedPlan, CutsSequencesWhereThatShouldPay) {
       {{2048}, 2, 8, true, 1, 1},
       {{512}, 2, 8, false, 0, 0},
       {{512}, 16, 32, false, 0, 0},
-      {{8192, 8192, 8192, 8192}, 16, 64, true, 0, 0},
+      {{8192, 8192, 8192, 8192}, 16, 64, false, 0, 0},
+      {{16384, 16384}, 16, 64, false, 0, 0},
+      {{4096}, 16, 32, false, 0, 0},
       {tail, 16, 32, true, 0, 1},
       {{28672, 4096}, 16, 32, true, 1, 1},
       {{16384, 16384}, 16, 32, true, 0, 0},
-      {{1024, 7168}, 2, 8, true, 1, 2},
+      {{1024, 7168}, 2, 8, true, 1, 1},
       {{2048, 2048, 2048, 2048}, 16, 32, false, 0, 0},
   };
   for (const Decision& decision : decisions) {
@@ -243,12 +245,28 @@ TEST(EmulatedPlan, CutsSequencesWhereThatShouldPay) {
     for (const bool constant : {true, false}) {
       const std::optional<ContextCounts> counts =
           emulation::plan(decision.lengths, decision.H, decision.HV, constant, MANY_SMS);
-      EXPECT_EQ(counts.has_value(), decision.considered);
-      if (!counts.has_value()) continue;
+      const bool considered = counts.has_value() && counts->may_cut;
+      EXPECT_EQ(considered, decision.considered);
+      if (!considered) continue;
       EXPECT_EQ(counts->chains, constant ? decision.constant : decision.usual);
       EXPECT_EQ(counts->runs, static_cast<int>(decision.lengths.size()) + counts->pre_runs);
     }
   }
+}
+
+// Sequences that cannot be cut with gain may still be so uneven that blocks of half the values are better.
+TEST(EmulatedPlan, ChoosesTheShapeOfTheForwardForTheLengths) {
+  for (const auto& [lengths, shape] : std::vector<std::pair<std::vector<std::int64_t>, int>>{
+           {{28672, 4096}, 1}, {{16384, 16384}, 2}, {{6144, 2048}, 1}, {{8192, 8192, 8192, 8192}, 2}}) {
+    SCOPED_TRACE(lengths[0]);
+    const std::optional<ContextCounts> counts = emulation::plan(lengths, 16, 64, false, MANY_SMS);
+    ASSERT_TRUE(counts.has_value());
+    EXPECT_FALSE(counts->may_cut);
+    EXPECT_EQ(counts->chains, 0);
+    EXPECT_EQ(counts->runs, static_cast<int>(lengths.size()));
+    EXPECT_EQ(counts->shape, shape);
+  }
+  EXPECT_FALSE(emulation::plan({2048, 2048, 2048, 2048}, 16, 32, false, MANY_SMS).has_value()) << "too little to gain";
 }
 
 TEST(EmulatedPlan, GarbageInCuSeqlensStaysInsideTheOutputs) {

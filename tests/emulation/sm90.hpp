@@ -28,6 +28,8 @@ struct ContextCounts {
   int chains = 0;      // sequences that are cut
   int windows = 0;     // (run of the pre-pass, value head) that start from zero
   int skipped = 0;     // (chunk, value head) that they leave out
+  int shape = 0;       // of the forward: 64 values times so many a block
+  bool may_cut = false;
 };
 extern ContextCounts context_counts;
 
@@ -35,7 +37,7 @@ extern ContextCounts context_counts;
 ContextCounts read_context_counts(const fd_problem&, void* workspace);
 
 // What the planner alone decides for packed sequences, with all gates 0 or, in three of four heads, -0.05; nothing if the
-// host does not ask it.
+// host does not ask it, be it for the forward's shape alone.
 std::optional<ContextCounts> plan(const std::vector<std::int64_t>& lengths, std::int64_t H, std::int64_t HV, bool constant,
                                   int sm_count);
 
