@@ -7,8 +7,8 @@
 
 namespace flashdelta::cuda {
 
-// Cycles on one SM, fitted to an H200's times by bench/fit_context.py (docs/kernels.md); HEAD, PRE_PASS and EMPTY less by
-// what the pre-pass's kernels are thought to have gained since.
+// Cycles on one SM, fitted to an H200's times by bench/fit_context.py (docs/kernels.md); WALK_CHUNK and FOLD_STEP from
+// profiles of the kernels; HEAD, PRE_PASS and EMPTY less by what the pre-pass's kernels are thought to have gained since.
 struct Costs {
   static constexpr float HALF_CHUNK = 2750;  // forward, a chunk, 64 values
   static constexpr float FULL_CHUNK = 4450;  // forward, a chunk, 128 values

@@ -60,16 +60,47 @@ __global__ void __launch_bounds__(WINDOW_THREADS, 2) windows_kernel(const __grid
 
 namespace {
 
+// A block's item: which runs of a chain have a transition, for a head.
+struct FoldItem {
+  Chain chain;
+  int value_head;
+  int some;              // whether any has
+  int exact[MOST_RUNS];  // whether a run has
+};
 struct StateFoldMemory {
   FoldMemory fold;
-  int exact[MOST_RUNS];  // whether a run has a transition
+  FoldItem items[FOLD_WARPS];  // looked at together, a warp each: most heads have no transition
 };
+
+// By one warp.
+__device__ __forceinline__ void look_at(const FoldParameters& p, FoldItem& item, int value_head, const Chain& chain,
+                                        int lane) {
+  int some = 0;
+  for (int run = lane; run < chain.runs; run += 32) {
+    int exact = 0;
+    // The first run started from the initial state, and one with a window has no transition.
+    if (run > 0 && run + 1 < chain.runs) {
+      exact = p.windows[static_cast<int64_t>(chain.pre_run + run) * p.value_heads + value_head] < 0 ? 1 : 0;
+    }
+    item.exact[run] = exact;
+    some |= exact;
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) some |= __shfl_xor_sync(~0u, some, step);
+  if (lane == 0) {
+    item.chain = chain;
+    item.value_head = value_head;
+    item.some = some;
+  }
+}
 
 // Run after run of the chain: state before run i + 1 = (state before run i) M_i + B_i, for the runs that have a transition;
 // the states after the others are known. Transitions are loaded while those before are used.
 template <typename Share>
 __device__ __forceinline__ void fold_states(const FoldParameters& p, StateFoldMemory& shared, Ring& ring, Ring& ahead,
-                                            const Chain& chain, int value_head, int group, int warp, int lane) {
+                                            const FoldItem& item, int group, int warp, int lane) {
+  const Chain chain = item.chain;
+  const int value_head = item.value_head;
   const FoldShape<Share> own(warp, lane);
   const int value = group * FoldShape<Share>::ROWS + own.row, thread = 32 * warp + lane;
   const auto rows_of = [&](int run) {
@@ -77,7 +108,7 @@ __device__ __forceinline__ void fold_states(const FoldParameters& p, StateFoldMe
   };
   int coming = 0;  // run whose transition may be loaded next, if it has one
   const auto load_next = [&] {
-    while (coming < chain.runs && shared.exact[coming] == 0) ++coming;
+    while (coming < chain.runs && item.exact[coming] == 0) ++coming;
     if (coming == chain.runs) return;
     load_transition(shared.fold, ahead, rows_of(coming) + static_cast<int64_t>(p.values) * KEYS);
     ahead.next<FOLD_STAGES>();
@@ -92,7 +123,7 @@ __device__ __forceinline__ void fold_states(const FoldParameters& p, StateFoldMe
   };
   // B of the next two runs is on its way.
   const auto load_outcome = [&](int run) {
-    return run + 1 < chain.runs && shared.exact[run] != 0
+    return run + 1 < chain.runs && item.exact[run] != 0
                ? *reinterpret_cast<const Share*>(rows_of(run) + value * KEYS + own.key)
                : Share{};
   };
@@ -102,7 +133,7 @@ __device__ __forceinline__ void fold_states(const FoldParameters& p, StateFoldMe
     const Share b = next;
     next = after_next;
     after_next = load_outcome(i + 2);
-    if (shared.exact[i] == 0) {
+    if (item.exact[i] == 0) {
       known = false;
       continue;
     }
@@ -130,22 +161,26 @@ __global__ void __launch_bounds__(FOLD_THREADS) fold_kernel(const __grid_constan
   // As few rows as make use of all blocks where few heads have transitions.
   const bool few = p.plan->exact_heads * chains * (p.values / 4) <= static_cast<int>(gridDim.x);
   const int groups = p.values / (few ? 4 : 8), per_head = chains * groups;
+  const auto items = p.value_heads * per_head, stride = static_cast<int>(gridDim.x);
   Ring ring, ahead;
-  for (int item = static_cast<int>(blockIdx.x); item < p.value_heads * per_head; item += static_cast<int>(gridDim.x)) {
-    const int value_head = p.heads_in_order[item / per_head];
-    const Chain chain = p.chains[item % per_head / groups];
-    __syncthreads();  // the last item's are read
-    // The first run started from the initial state, and one with a window has no transition.
-    int exact = 0;
-    if (thread > 0 && thread + 1 < chain.runs) {
-      exact = p.windows[static_cast<int64_t>(chain.pre_run + thread) * p.value_heads + value_head] < 0 ? 1 : 0;
+  for (auto first = static_cast<int>(blockIdx.x); first < items; first += FOLD_WARPS * stride) {
+    const int mine = first + warp * stride;
+    __syncthreads();  // the items of before are read
+    if (mine < items) {
+      look_at(p, shared.items[warp], p.heads_in_order[mine / per_head], p.chains[mine % per_head / groups], lane);
+    } else if (lane == 0) {
+      shared.items[warp].some = 0;
     }
-    if (thread < chain.runs) shared.exact[thread] = exact;
     __syncthreads();
-    if (few) {
-      fold_states<float2>(p, shared, ring, ahead, chain, value_head, item % groups, warp, lane);
-    } else {
-      fold_states<float4>(p, shared, ring, ahead, chain, value_head, item % groups, warp, lane);
+    for (int i = 0; i < FOLD_WARPS; ++i) {
+      const FoldItem& item = shared.items[i];
+      const int group = (first + i * stride) % groups;
+      if (item.some == 0) continue;
+      if (few) {
+        fold_states<float2>(p, shared, ring, ahead, item, group, warp, lane);
+      } else {
+        fold_states<float4>(p, shared, ring, ahead, item, group, warp, lane);
+      }
     }
   }
 }
