@@ -21,6 +21,9 @@ struct Costs {
   static constexpr float SHAPES = 8000;      // where the planner does no more than to choose the forward's shape
 };
 
+// The planner cuts where that takes less than whole sequences even if it takes so many times what is estimated.
+constexpr float DOUBT = 1.05f;
+
 // The host asks the planner only where that can pay. It knows T, N and the heads, of packed sequences no lengths, and of no
 // gates; it takes a quarter of the heads not to decay. Let `whole` be the cycles without any cut, all lengths equal.
 //

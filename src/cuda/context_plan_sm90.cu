@@ -157,7 +157,8 @@ __device__ Choice choose(const PlanParameters& p, PlanMemory& shared) {
   const float cycles = cost(p, shared, cut, lane, shape);
   if (lane == 0) {
     const bool allowed = p.may_split != 0 && cut.pre_runs > 0;
-    shared.costs[candidate] = allowed || (candidate == 0 && p.forced == 0) ? cycles : INFINITY;
+    const float whole = candidate == 0 && cut.pre_runs == 0 && p.forced == 0 ? cycles : INFINITY;
+    shared.costs[candidate] = allowed ? DOUBT * cycles : whole;
     shared.shapes[candidate] = shape;
   }
   __syncthreads();
