@@ -98,6 +98,7 @@ class Gpu : public Remote {
       check(cudaGraphInstantiate(&executable, graph, 0), "cudaGraphInstantiate");
       if (how_ == How::graph_changed) {  // garbage everywhere, bounds and indices too: must not fault
         for (const Block& block : blocks_) check(cudaMemset(block.device(), 0xa5, block.host.size()), "cudaMemset");
+        check(cudaDeviceSynchronize(), "the garbage");  // nothing else orders the stream behind it
         check(cudaGraphLaunch(executable, stream_), "cudaGraphLaunch");
         check(cudaStreamSynchronize(stream_), "the replay on garbage");
         copy_in();
