@@ -26,17 +26,23 @@ __device__ __forceinline__ float2 key_squares(const Parameters& p, int64_t batch
   float2 out = {};
 #pragma unroll 1
   for (int half = 0; half < 2; ++half) {
-    uint4 part[ROWS];
+    uint32_t part[4 * ROWS];
 #pragma unroll
-    for (int i = 0; i < ROWS; ++i) part[i] = *reinterpret_cast<const uint4*>(k + (32 * half + i) * p.k.stride[1]);
+    for (int i = 0; i < ROWS; ++i) {
+      const uint4 x = *reinterpret_cast<const uint4*>(k + (32 * half + i) * p.k.stride[1]);
+      part[4 * i] = x.x;
+      part[4 * i + 1] = x.y;
+      part[4 * i + 2] = x.z;
+      part[4 * i + 3] = x.w;
+    }
+    computed(part);  // all loads are under way before the first is waited for
     float square[ROWS];
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
-      const uint32_t word[4] = {part[i].x, part[i].y, part[i].z, part[i].w};
       square[i] = 0.0f;
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const float2 y = unpack<T>(word[e]);
+        const float2 y = unpack<T>(part[4 * i + e]);
         square[i] = fmaf(y.x, y.x, fmaf(y.y, y.y, square[i]));
       }
     }
