@@ -155,6 +155,27 @@ TEST(EmulatedShortcut, KeysThatLengthenTheStatePreventIt) {
   }
 }
 
+TEST(EmulatedShortcut, WindowsMayBeLongerThanWhatABlockLooksAtAtOnce) {
+  Case c = decaying_case();
+  c.lengths = {40 * 64 + 5};
+  for (const bool long_keys : {false, true}) {
+    SCOPED_TRACE(long_keys);
+    c.strengths = long_keys ? Strengths::full : Strengths::typical;
+    Data d = decaying_data(c);
+    // Each key then lengthens a state by up to |k|^2 - 1 = 1.05, a chunk's 2^4.5 of 2^-6.9.
+    for (double& x : d.k.x) x = long_keys ? static_cast<double>(static_cast<float>(x * std::sqrt(2.05))) : x;
+    const double chunk = long_keys ? 2.4 : CHUNK_DECAY;
+    const Results got = emulated(c, d, {.bound = std::exp2(-chunk * (long_keys ? 9.5 : 9.999)), .sm_count = FEW_SMS});
+    ASSERT_GT(context_counts.pre_runs, 0);
+    EXPECT_EQ(context_counts.windows, context_counts.pre_runs);
+    const int windows = context_counts.pre_chunks - context_counts.skipped;
+    EXPECT_GT(context_counts.pre_chunks, 12 * context_counts.pre_runs);
+    EXPECT_GE(windows, (long_keys ? 9 : 10) * context_counts.pre_runs);
+    EXPECT_LE(windows, (long_keys ? 11 : 10) * context_counts.pre_runs);
+    expect_close(c, d, got, forward(c, d, reference), 2 * BFLOAT16_LIMIT);
+  }
+}
+
 // --- when sequences are cut
 
 TEST(EmulatedPlan, OffIsTheForwardOfWholeSequencesWhateverElseIsInTheBatch) {
