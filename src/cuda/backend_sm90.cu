@@ -54,7 +54,7 @@ const Device* hopper(const char* operation, const void* saved, fd_status& status
   if (device == nullptr) {
     status = checked(error, (std::string(operation) + ": the current device").c_str());
   } else if (device->major != 9 || device->minor != 0) {
-    status = fail(FD_UNSUPPORTED, std::string(operation) + ": " + device->name + " is not a Hopper GPU");
+    status = fail(FD_UNSUPPORTED, std::string(operation) + ": " + device_name(*device) + " is not a Hopper GPU");
   } else if (reinterpret_cast<uintptr_t>(saved) % 16 != 0) {
     status = fail(FD_UNSUPPORTED, std::string(operation) + ": saved is not aligned to 16 bytes; sm90 needs that");
   } else {

@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <array>
-#include <cstdio>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -19,16 +18,11 @@ struct Entry {
 };
 
 cudaError_t read(int index, Device& device) {
-  cudaDeviceProp properties;
-  const cudaError_t error = cudaGetDeviceProperties(&properties, index);
-  if (error != cudaSuccess) return error;
-  device.sm_count = properties.multiProcessorCount;
-  device.major = properties.major;
-  device.minor = properties.minor;
-  device.l2_bytes = static_cast<std::size_t>(properties.l2CacheSize);
-  device.shared_bytes = properties.sharedMemPerBlockOptin;
-  std::snprintf(device.name, sizeof(device.name), "%s", properties.name);
-  return cudaSuccess;
+  device.index = index;
+  cudaError_t error = cudaDeviceGetAttribute(&device.sm_count, cudaDevAttrMultiProcessorCount, index);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&device.major, cudaDevAttrComputeCapabilityMajor, index);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&device.minor, cudaDevAttrComputeCapabilityMinor, index);
+  return error;
 }
 
 const Device* facts(int index, cudaError_t& error) {
@@ -121,17 +115,24 @@ std::string no_device(bool (*compiled_for)(int major, int minor), const char* wa
       served.push_back(compiled_for);
       return "";
     }
-    seen = std::string(device->name) + " has compute capability " + std::to_string(device->major) + "." +
+    seen = device_name(*device) + " has compute capability " + std::to_string(device->major) + "." +
            std::to_string(device->minor);
   }
   return seen + "; needs " + wanted;
+}
+
+std::string device_name(const Device& device) {
+  cudaDeviceProp properties;
+  if (cudaGetDeviceProperties(&properties, device.index) == cudaSuccess) return properties.name;
+  static_cast<void>(cudaGetLastError());
+  return "device " + std::to_string(device.index);
 }
 
 std::string describe_device() {
   cudaError_t error;
   const Device* device = current_device(error);
   if (device == nullptr) return cudaGetErrorString(error);
-  return std::string(device->name) + ", " + std::to_string(device->sm_count) + " SMs, compute capability " +
+  return device_name(*device) + ", " + std::to_string(device->sm_count) + " SMs, compute capability " +
          std::to_string(device->major) + "." + std::to_string(device->minor);
 }
 

@@ -12,11 +12,9 @@
 namespace flashdelta::cuda {
 
 struct Device {
+  int index;
   int sm_count;
-  int major, minor;          // compute capability
-  std::size_t l2_bytes;      // L2 cache
-  std::size_t shared_bytes;  // shared memory one block may have, after opting in
-  char name[256];            // "NVIDIA H200"
+  int major, minor;  // compute capability
 };
 
 // Facts of the calling thread's current device, read once per device. Null if there is none; then `error` says why.
@@ -29,6 +27,9 @@ bool enter_context();
 // Empty if some device here has a compute capability for which `compiled_for` returns true, else the reason: no driver, no
 // device, or only devices that are too old or too new. `wanted` completes "... ; needs " for people.
 std::string no_device(bool (*compiled_for)(int major, int minor), const char* wanted);
+
+// "NVIDIA H200". For messages: the driver takes long to say it.
+std::string device_name(const Device&);
 
 // "NVIDIA H200, 132 SMs, compute capability 9.0"
 std::string describe_device();

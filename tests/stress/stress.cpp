@@ -241,7 +241,7 @@ class Stress {
   }
 
   // Relative L2 error of every head of every sequence; heads much smaller than the others count as a share of these. Results
-  // may also be as far off as four times their movement (root mean square) with the last bits of the inputs: dg of a head
+  // may also be as far off as eight times their movement (root mean square) with the last bits of the inputs: dg of a head
   // without decay is a sum of terms of either sign over all tokens that follow, and what correlated keys read is a
   // difference of what they wrote, of which little may be left by chance. Returns what is wrong, or nothing.
   std::string wrong_in(const Batch& batch, const Output& output, const unsigned char* got, const unsigned char* want,
@@ -285,7 +285,7 @@ class Stress {
         const double size = std::max(norm(wanted), 0.05 * typical * std::sqrt(static_cast<double>(wanted.size())));
         double movement = 0;
         for (const unsigned char* other : moved) movement += std::pow(distance(values(other), wanted), 2) / MOVES;
-        if (off <= std::max(limit * size, 4 * std::sqrt(movement))) continue;
+        if (off <= std::max(limit * size, 8 * std::sqrt(movement))) continue;
         return description_ + "\n" + output.name + ": error " + std::to_string(off / size) + " against the host, limit " +
                std::to_string(limit) + ", at token or row " + std::to_string(s.first) + ", head " + std::to_string(head);
       }

@@ -24,17 +24,18 @@ inline dim3 blockDim, gridDim;
 alignas(1024) inline uint8_t raw[emulation::SHARED_BYTES];  // dynamic shared memory
 
 struct Device {
+  int index;
   int sm_count;
   int major, minor;
-  char name[256];
 };
-inline Device device = {132, 9, 0, "emulation"};
+inline Device device = {0, 132, 9, 0};
 inline emulation::Schedule schedule = emulation::Schedule::forward;
 
 inline const Device* current_device(cudaError_t&) { return &device; }
 inline bool enter_context() { return true; }
 inline std::string no_device(bool (*)(int major, int minor), const char*) { return ""; }
-inline std::string describe_device() { return device.name; }
+inline std::string device_name(const Device&) { return "emulation"; }
+inline std::string describe_device() { return device_name(device); }
 inline fd_status checked(cudaError_t, const char* what) { return fail(FD_DEVICE_ERROR, what); }
 
 struct Launch {
