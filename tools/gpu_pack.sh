@@ -3,7 +3,8 @@
 # or no compiler: programs with the shared libraries they need, the library, pytest for that machine's Python.
 #
 # Usage: tools/gpu_pack.sh [--out build/gpu-pack.tar.xz] [--build build/gpu] [--python 3.12] [--without-traps] [--folder]
-#   --without-traps   leaves out the second build, whose waits for barriers end in a message instead of a hang
+#   --without-traps   leaves out the second build, whose waits for barriers end in a message instead of a hang, and whose
+#                     arrivals at barriers the race check can follow
 #   --folder          only the folder build/gpu-pack, without pytest, for this machine
 # There: tools/gpu.sh --prebuilt gpu-pack.tar.xz
 set -euo pipefail
@@ -43,7 +44,7 @@ for name in bench_gpu bench_cpu; do strip -o "$pack/bin/$name" "$build/bench/$na
 strip -o "$pack/lib/libflashdelta.so" "$build/libflashdelta.so"
 if [ -n "$traps" ]; then
   targets=("${gpu_tests[@]}")
-  build_programs "$build-traps" -DCMAKE_CUDA_FLAGS=-DFLASHDELTA_SPIN_LIMIT=20000000
+  build_programs "$build-traps" -DCMAKE_CUDA_FLAGS="-DFLASHDELTA_SPIN_LIMIT=20000000 -DFLASHDELTA_ARRIVE_BY_LANES"
   for name in "${gpu_tests[@]}"; do strip -o "$pack/traps/$name" "$build-traps/tests/$name"; done
 fi
 # Shared libraries, but not those of the C library, which belong to the machine.

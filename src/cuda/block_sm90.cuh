@@ -51,11 +51,19 @@ template <typename Shared>
 __device__ __forceinline__ bool is_free(Shared& shared, int barrier, const Ring& ring) {
   return barrier_test(barrier_address(shared, barrier, ring.stage), ring.parity ^ 1);
 }
-// One arrival per warp, after all its lanes came here.
+// How a warp arrives: one lane, after all came here; with FLASHDELTA_ARRIVE_BY_LANES each by itself, which takes longer. The
+// sanitizer's race check knows no order between what the other lanes did and the arrival of the one, although __syncwarp
+// lies between: programs for it are built in the other way.
+#if defined(FLASHDELTA_ARRIVE_BY_LANES)
+constexpr bool ARRIVE_BY_LANES = true;
+#else
+constexpr bool ARRIVE_BY_LANES = false;
+#endif
+constexpr int warps(int count) { return ARRIVE_BY_LANES ? 32 * count : count; }  // their arrivals
 template <typename Shared>
 __device__ __forceinline__ void arrive(Shared& shared, int barrier, const Ring& ring, int lane) {
-  __syncwarp();
-  if (lane == 0) barrier_arrive(barrier_address(shared, barrier, ring.stage));
+  if constexpr (!ARRIVE_BY_LANES) __syncwarp();
+  if (ARRIVE_BY_LANES || lane == 0) barrier_arrive(barrier_address(shared, barrier, ring.stage));
 }
 
 // By one thread, before any other touches a barrier; all threads meet afterwards.

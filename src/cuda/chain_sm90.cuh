@@ -520,8 +520,8 @@ __global__ void __launch_bounds__(chain::Shape<STATE>::THREADS, 1) chain_kernel(
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 % 4, 0), lane = static_cast<int>(threadIdx.x) % 32;
 
   if (threadIdx.x == 0) {
-    constexpr int state = 4 * STATE;
-    const int arrivals[BARRIERS] = {1, 2, state, state, 1, state, 1};
+    constexpr int state = warps(4 * STATE);
+    const int arrivals[BARRIERS] = {1, 1 + warps(1), state, state, 1, state, 1};
     init_barriers(shared, arrivals);
   }
   if (p.has_do == 0) {

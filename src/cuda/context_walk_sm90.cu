@@ -328,7 +328,8 @@ __global__ void __launch_bounds__(WALK_THREADS, 1) walk_kernel(const __grid_cons
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 % 4, 0), lane = static_cast<int>(threadIdx.x) % 32;
 
   if (threadIdx.x == 0) {
-    const int arrivals[WALK_BARRIERS] = {1, 8 + (NORM ? 1 : 0), 1, 8, 4, 4, 1, 2 + 4 + 4 * TILE_WARPGROUPS};
+    const int arrivals[WALK_BARRIERS] = {1, warps(8 + (NORM ? 1 : 0)),         warps(1), warps(8), warps(4), warps(4),
+                                         1, warps(2 + 4 + 4 * TILE_WARPGROUPS)};
     init_barriers(shared, arrivals);
   }
   __syncthreads();

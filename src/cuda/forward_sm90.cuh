@@ -483,8 +483,8 @@ __global__ void __launch_bounds__(THREADS, 1) forward_kernel(const __grid_consta
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 % 4, 0), lane = static_cast<int>(threadIdx.x) % 32;
 
   if (threadIdx.x == 0) {
-    constexpr int state = 4 * STATE, auxiliary = 4;
-    const int arrivals[BARRIERS] = {1, 1, 1, auxiliary, state, state, 1, 1, 15};
+    constexpr int state = warps(4 * STATE), auxiliary = warps(4), others = warps(15);
+    const int arrivals[BARRIERS] = {1, 1, warps(1), auxiliary, state, state, 1, 1, others};
     init_barriers(shared, arrivals);
   }
   __syncthreads();

@@ -502,8 +502,19 @@ __global__ void __launch_bounds__(gradients::THREADS, 1) gradients_kernel(const 
     // Warps. Of the two for gates one has a head's vectors and sums.
     constexpr int rows = 8, triangles = 4, states = 1, gates = 2, vectors = rows + triangles + 1,
                   sums = rows + triangles + states;
-    const int arrivals[BARRIERS] = {1,       sums + gates, 1,    rows + triangles, 1,  sums, 1,
-                                    vectors, triangles,    rows, 32 * sums,        32, 2};
+    const int arrivals[BARRIERS] = {1,
+                                    warps(sums + gates),
+                                    1,
+                                    warps(rows + triangles),
+                                    1,
+                                    warps(sums),
+                                    1,
+                                    warps(vectors),
+                                    warps(triangles),
+                                    warps(rows),
+                                    32 * sums,
+                                    32,
+                                    2};
     init_barriers(shared, arrivals);
   }
   if (p.has_do == 0) {

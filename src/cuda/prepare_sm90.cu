@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(THREADS, 1) prepare_kernel(const __grid_consta
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 % 4, 0), lane = static_cast<int>(threadIdx.x) % 32;
 
   if (threadIdx.x == 0) {
-    const int arrivals[BARRIERS] = {1, GATE_WARPS + 4 * WARPGROUPS, 1, 4 + GATE_WARPS - 1};
+    const int arrivals[BARRIERS] = {1, warps(GATE_WARPS + 4 * WARPGROUPS), warps(1), warps(4 + GATE_WARPS - 1)};
     init_barriers(shared, arrivals);
   }
   __syncthreads();

@@ -379,7 +379,7 @@ __global__ void __launch_bounds__(Shape<STATE>::THREADS, 1) states_kernel(const 
 
   if (threadIdx.x == 0) {
     constexpr int state = 4 * STATE;
-    const int arrivals[BARRIERS] = {1, state, state, 1, state, 1, 1, state + (TILES ? 2 : 0)};
+    const int arrivals[BARRIERS] = {1, warps(state), warps(state), 1, warps(state), 1, 1, warps(state + (TILES ? 2 : 0))};
     init_barriers(shared, arrivals);
   }
   __syncthreads();
