@@ -15,10 +15,9 @@ CONSTANTS = {
     "HALF_CHUNK": 2500.0,
     "FULL_CHUNK": 4000.0,
     "RUN": 8000.0,
-    "WALK_CHUNK": 1700.0,
-    "FOLD_STEP": 1300.0,
+    "HEAD": 30000.0,
     "PRE_PASS": 20000.0,
-}
+} | fit_context.PROFILED
 
 
 def entry(name: str, cycles: float, **counters: float) -> dict[str, Any]:
