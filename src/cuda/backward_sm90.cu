@@ -204,7 +204,6 @@ class Backward {
         .state_v_first = p_.state_v_first,
         .saved = args_.saved != nullptr ? static_cast<const float*>(args_.saved) : workspace_.saved,
         .save = nullptr,
-        .outcomes = nullptr,
     };
   }
 

@@ -25,8 +25,6 @@ struct Item {
   int head;
   int64_t batch, begin;  // first token
   int tokens;
-  uint32_t heads;  // bit i: value head i of the key head is wanted; from the 32nd on all are
-  __device__ bool has(int i) const { return i >= 32 || (heads >> i & 1) != 0; }
 };
 
 // Who arrives -> who waits:
@@ -51,41 +49,28 @@ struct alignas(1024) SharedMemory {
 static_assert(sizeof(SharedMemory) <= 227 * 1024);
 
 // Warp 0, one lane.
-template <bool QUERIES>
 __device__ __forceinline__ void load_items(const PrepareParameters& p, SharedMemory& shared) {
-  const int64_t items = static_cast<int64_t>(p.used_slots == nullptr ? p.slots : *p.used_slots) * p.heads;
+  const int64_t items = static_cast<int64_t>(p.slots) * p.heads;
   const bool packed = p.sequences.cu_seqlens != nullptr;
-  const int group = p.scratch.value_heads / p.heads;
-  const auto heads_of = [&](int64_t i) {
-    if (p.needed == nullptr || i >= items) return ~0u;
-    uint32_t heads = 0;
-    for (int h = 0; h < group && h < 32; ++h) heads |= static_cast<uint32_t>(p.needed[i * group + h] != 0 ? 1 : 0) << h;
-    return heads;
-  };
   const auto chunk_of = [&](int64_t i) { return i < items ? p.chunks[i / p.heads] : ChunkPlace{-1, 0, 0, 0}; };
   Ring ring;
   ChunkPlace coming = chunk_of(blockIdx.x);
-  uint32_t coming_heads = heads_of(blockIdx.x);
   for (int64_t i = blockIdx.x; i < items; i += gridDim.x) {
     const ChunkPlace chunk = coming;
-    const uint32_t heads = coming_heads;
     coming = chunk_of(i + gridDim.x);  // on its way while this item waits
-    coming_heads = heads_of(i + gridDim.x);
-    if (chunk.sequence < 0 || (heads == 0 && group <= 32)) continue;
+    if (chunk.sequence < 0) continue;
     wait_free(shared, KQ_FREE, ring);
     const int slot = static_cast<int>(i / p.heads), head = static_cast<int>(i % p.heads);
     const int batch = packed ? 0 : chunk.sequence;
-    shared.items[ring.stage] = {slot, head, batch, chunk.begin, chunk.tokens, heads};
+    shared.items[ring.stage] = {slot, head, batch, chunk.begin, chunk.tokens};
     const uint32_t full = barrier_address(shared, KQ_FULL, ring.stage);
-    barrier_arrive_expect(full, (QUERIES ? 2 : 1) * CHUNK * KEYS * 2);
+    barrier_arrive_expect(full, 2 * CHUNK * KEYS * 2);
     const Place at = packed ? place(true, 0, chunk.begin, chunk.tokens, 0) : place(false, batch, 0, 0, chunk.begin);
     const uint32_t k = shared_address(shared.k[ring.stage]), q = shared_address(shared.q[ring.stage]);
     tensor_load(k, &p.k, full, 0, at.token, head, at.third, at.fourth);
     tensor_load(k + TILE, &p.k, full, 64, at.token, head, at.third, at.fourth);
-    if constexpr (QUERIES) {
-      tensor_load(q, &p.q, full, 0, at.token, head, at.third, at.fourth);
-      tensor_load(q + TILE, &p.q, full, 64, at.token, head, at.third, at.fourth);
-    }
+    tensor_load(q, &p.q, full, 0, at.token, head, at.third, at.fourth);
+    tensor_load(q + TILE, &p.q, full, 64, at.token, head, at.third, at.fourth);
     ring.next<KQ_STAGES>();
   }
   wait_free(shared, KQ_FREE, ring);
@@ -94,7 +79,7 @@ __device__ __forceinline__ void load_items(const PrepareParameters& p, SharedMem
 }
 
 // One of the gates' warps: items `turn`, `turn + GATE_WARPS`, ... of the block.
-template <typename T, bool NORM, bool QUERIES>
+template <typename T, bool NORM>
 __device__ __forceinline__ void make_gates(const PrepareParameters& p, SharedMemory& shared, int turn, int lane) {
   const int group = p.scratch.value_heads / p.heads;
   Ring ring;
@@ -111,7 +96,7 @@ __device__ __forceinline__ void make_gates(const PrepareParameters& p, SharedMem
     float2 key = {1.0f, 1.0f}, query = {1.0f, 1.0f};
     if (NORM && mine) {
       key = inverse_norms<T>(shared_address(shared.k[ring.stage]), p.l2norm_eps, lane);
-      if constexpr (QUERIES) query = inverse_norms<T>(shared_address(shared.q[ring.stage]), p.l2norm_eps, lane);
+      query = inverse_norms<T>(shared_address(shared.q[ring.stage]), p.l2norm_eps, lane);
     }
     for (int i = 0; i < group; ++i) {
       TokenGates tokens = {};
@@ -119,7 +104,6 @@ __device__ __forceinline__ void make_gates(const PrepareParameters& p, SharedMem
         tokens = own_gates(p.gates, bits, item, first_head + i, lane);
         if (i + 1 < group) bits = load_gates(p.gates, item, first_head + i + 1, lane);
       }
-      if (!item.has(i)) continue;
       if (mine) add_gates(tokens, lane);
       const Ring gates = ring_at<GATE_STAGES>(unit++);
       wait_free(shared, GATES_FREE, gates);  // of the others' stages too: a phase that is not waited for may pass twice
@@ -137,7 +121,7 @@ __device__ __forceinline__ void make_gates(const PrepareParameters& p, SharedMem
 }
 
 // A warpgroup: (chunk, value head) number `turn`, `turn + WARPGROUPS`, ... of the block.
-template <typename T, bool NORM, bool QUERIES>
+template <typename T, bool NORM>
 __device__ __forceinline__ void make_all_tiles(const PrepareParameters& p, SharedMemory& shared, int turn, int warp,
                                                int lane) {
   const int group = p.scratch.value_heads / p.heads;
@@ -145,7 +129,7 @@ __device__ __forceinline__ void make_all_tiles(const PrepareParameters& p, Share
   const int barrier = 1 + turn;
   const bool stores = warp == 0 && lane == 0;
   clear_tiles(tile_t, TILE, 32 * warp + lane);
-  if constexpr (QUERIES) clear_tiles(tile_p, TILE, 32 * warp + lane);
+  clear_tiles(tile_p, TILE, 32 * warp + lane);
   Ring ring;
   uint32_t unit = 0;  // (chunk, value head) so far
   while (true) {
@@ -153,21 +137,20 @@ __device__ __forceinline__ void make_all_tiles(const PrepareParameters& p, Share
     const Item& item = shared.items[ring.stage];
     if (item.slot < 0) break;
     for (int i = 0; i < group; ++i) {
-      if (!item.has(i)) continue;
       const Ring gates = ring_at<GATE_STAGES>(unit++);
       if (gates.stage % WARPGROUPS != turn) continue;
       wait_full(shared, GATES_FULL, gates);
       if (stores) stores_wait_read<0>();
       named_barrier(barrier, 128);  // the tiles of before are read
-      make_tiles<T, NORM, QUERIES>(shared_address(shared.k[ring.stage]), shared_address(shared.q[ring.stage]), tile_t,
-                                   tile_p, shared.scratch[turn], shared.gates[gates.stage], barrier, warp, lane, [] {});
+      make_tiles<T, NORM, true>(shared_address(shared.k[ring.stage]), shared_address(shared.q[ring.stage]), tile_t, tile_p,
+                                shared.scratch[turn], shared.gates[gates.stage], barrier, warp, lane, [] {});
       fence_async_shared();
       arrive(shared, GATES_FREE, gates, lane);
       named_barrier(barrier, 128);  // the tiles are written and fenced
       if (stores) {
         const int64_t at = p.scratch.head(item.slot, item.head * group + i) * TILE;
         bulk_store(p.scratch.t + at, tile_t, TILE);
-        if constexpr (QUERIES) bulk_store(p.scratch.p + at, tile_p, TILE);
+        bulk_store(p.scratch.p + at, tile_p, TILE);
         stores_commit();
       }
     }
@@ -179,7 +162,7 @@ __device__ __forceinline__ void make_all_tiles(const PrepareParameters& p, Share
 
 }  // namespace
 
-template <typename T, bool NORM, bool QUERIES>
+template <typename T, bool NORM>
 __global__ void __launch_bounds__(THREADS, 1) prepare_kernel(const __grid_constant__ PrepareParameters p) {
   extern __shared__ __align__(1024) uint8_t raw[];
   auto& shared = *reinterpret_cast<SharedMemory*>(raw);
@@ -194,35 +177,29 @@ __global__ void __launch_bounds__(THREADS, 1) prepare_kernel(const __grid_consta
   wait_for_earlier_kernels();
 
   if (warpgroup != 0) {
-    make_all_tiles<T, NORM, QUERIES>(p, shared, warpgroup - 1, warp, lane);
+    make_all_tiles<T, NORM>(p, shared, warpgroup - 1, warp, lane);
   } else if (warp != 0) {
-    make_gates<T, NORM, QUERIES>(p, shared, warp - 1, lane);
+    make_gates<T, NORM>(p, shared, warp - 1, lane);
   } else if (lane == 0) {
-    load_items<QUERIES>(p, shared);
+    load_items(p, shared);
   }
 }
 
 namespace {
 
-template <typename T, bool NORM, bool QUERIES>
+template <typename T, bool NORM>
 fd_status launch_variant(const PrepareParameters& p, int sm_count, void* stream) {
   const int64_t items = static_cast<int64_t>(p.slots) * p.heads;
   if (items == 0) return FD_OK;
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(items, sm_count));
   const Launch config{
       .name = "prepare_kernel", .grid = dim3(blocks), .block = dim3(THREADS), .shared = sizeof(SharedMemory)};
-  return launch(prepare_kernel<T, NORM, QUERIES>, config, p, stream);
-}
-
-template <typename T, bool NORM>
-fd_status launch_norm(const PrepareParameters& p, int sm_count, void* stream) {
-  return p.scratch.p == nullptr ? launch_variant<T, NORM, false>(p, sm_count, stream)
-                                : launch_variant<T, NORM, true>(p, sm_count, stream);
+  return launch(prepare_kernel<T, NORM>, config, p, stream);
 }
 
 template <typename T>
 fd_status launch_type(const PrepareParameters& p, bool l2norm, int sm_count, void* stream) {
-  return l2norm ? launch_norm<T, true>(p, sm_count, stream) : launch_norm<T, false>(p, sm_count, stream);
+  return l2norm ? launch_variant<T, true>(p, sm_count, stream) : launch_variant<T, false>(p, sm_count, stream);
 }
 
 }  // namespace

@@ -13,12 +13,9 @@ struct PrepareParameters {
   Gates gates;
   Sequences sequences;
   const ChunkPlace* chunks;  // [slots]
-  Scratch scratch;           // vectors, t and, unless null, p are written; without p, q is not read and counts as normalised
+  Scratch scratch;           // vectors, t and p are written
   int slots, heads;
   float scale, l2norm_eps;
-  // On the device, for context parallelism; null: all. The first slots, of those the ones of these heads.
-  const int* used_slots = nullptr;
-  const uint8_t* needed = nullptr;  // [slots, HV]
 };
 
 fd_status launch_prepare(const PrepareParameters&, bool bfloat16, bool l2norm, int sm_count, void* stream);

@@ -82,15 +82,9 @@ __device__ __forceinline__ Item make_item(const StatesParameters& p, int index, 
   item.sequence = run.sequence;
   if (run.sequence < 0) return item;
   item.stores = item.block < p.scratch.value_blocks;
-  const int window = p.windows == nullptr ? -1 : p.windows[item.run * p.scratch.value_heads + item.value_head];
-  if (p.windows != nullptr && item.stores == 0 && (run.first_chunk == 0 || window >= 0)) {
-    item.sequence = -1;
-    return item;
-  }
-  const int skipped = window > 0 ? window : 0;
-  item.first_chunk = run.first_chunk + skipped;
-  item.chunks = run.chunks - skipped;
-  item.slot = run.slot + skipped;
+  item.first_chunk = run.first_chunk;
+  item.chunks = run.chunks;
+  item.slot = run.slot;
   const TokenRange range = p.sequences[run.sequence];
   item.tokens = static_cast<int>(range.end - range.begin);
   if (p.transitions != nullptr && item.stores == 0 &&
@@ -108,14 +102,9 @@ template <int STATE>
 __device__ __forceinline__ void load_chunks(const StatesParameters& p, SharedMemory<STATE>& shared) {
   const bool packed = p.sequences.cu_seqlens != nullptr;
   const int group = p.scratch.value_heads / p.heads;
-  const int runs = p.used_runs == nullptr ? p.run_count : *p.used_runs;
-  const int items = runs * p.scratch.value_heads * (p.row_blocks / STATE);
-  const auto next = [&](int index) {
-    return static_cast<int>(gridDim.x +
-                            (p.next_item == nullptr ? static_cast<unsigned>(index) : atomicAdd(p.next_item, 1u)));
-  };
+  const int items = p.run_count * p.scratch.value_heads * (p.row_blocks / STATE);
   Ring ring, item_ring;
-  for (int index = blockIdx.x;; index = next(index)) {
+  for (int index = blockIdx.x;; index += static_cast<int>(gridDim.x)) {
     const Item item = make_item<STATE>(p, index, items);
     if (item.run >= 0 && item.sequence < 0) continue;
     wait_free(shared, ITEM_FREE, item_ring);
@@ -180,13 +169,13 @@ __device__ __forceinline__ void first_state(const StatesParameters& p, const Ite
     const int row = (block - p.scratch.value_blocks) * VALUES + value;
 #pragma unroll
     for (int i = 0; i < 64; ++i) s[i] = 8 * (i / 4) + key + (i & 1) == row + (i & 2) * 4 ? 1.0f : 0.0f;
-  } else if (item.first_chunk != 0 && p.saved != nullptr) {
+  } else if (item.first_chunk != 0) {
     const int64_t position = item.batch * p.sequences.T + item.begin + int64_t{item.first_chunk} * CHUNK;
     const int64_t state = saved_row(position) * p.scratch.value_heads + item.value_head;
     load_state(p.saved + (state * p.scratch.value_blocks + block) * STATE_BLOCK, s, value, key);
   } else {
-    const int64_t row = item.first_chunk == 0 ? p.initial.row(item.sequence, 0) : -1;
-    load_state(p.initial, p.state_v_first != 0, row, item.value_head, s, block * VALUES + value, key);
+    load_state(p.initial, p.state_v_first != 0, p.initial.row(item.sequence, 0), item.value_head, s, block * VALUES + value,
+               key);
   }
 }
 
@@ -350,10 +339,6 @@ __device__ __forceinline__ void run_state(const StatesParameters& p, SharedMemor
         fence_async_shared();
         arrive(shared, R_FULL, previous, lane);
       }
-    }
-    if (p.outcomes != nullptr) {
-      const int64_t state = int64_t{item.run} * p.scratch.value_heads + item.value_head;
-      store_state(p.outcomes + (state * p.row_blocks + item.block + turn) * STATE_BLOCK, s, value, column);
     }
     if (p.transitions != nullptr && item.stores == 0) {
       const int64_t state = int64_t{item.run} * p.scratch.value_heads + item.value_head;

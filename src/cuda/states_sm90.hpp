@@ -1,5 +1,5 @@
 // What the kernel that walks states without outputs is given, and how to launch it: states of all chunks for the backward,
-// saved states, outcomes of segments for context parallelism.
+// saved states, transitions of segments for context parallelism.
 #pragma once
 
 #include <cuda.h>
@@ -19,26 +19,15 @@ struct StatesParameters {
   // Blocks of 64 rows of S^T: the value blocks; after them, two blocks of the transition, transposed: rows of the identity
   // at the start, without values.
   int row_blocks;
-  // A run starts from the call's initial state at its sequence's first chunk, elsewhere from its row of `saved`; without
-  // `saved`, from zero.
+  // A run starts from the call's initial state at its sequence's first chunk, elsewhere from its row of `saved`.
   Pool initial;
   int state_v_first;
-  const float* saved;  // [saved_rows][HV][V][K], or null
-  // Where states go, each may be null. `save`: the states before every segment but the sequence's first, as `saved`.
-  // `outcomes`: a run's last state.
-  float* save;      // [saved_rows][HV][V][K]
-  float* outcomes;  // [run_count][HV][row_blocks][64][K]
+  const float* saved;  // [saved_rows][HV][V][K]
+  float* save;         // likewise, or null: where the states before every segment but the sequence's first go
   // Where the transitions of runs go that neither begin nor end their sequence, as the gradient's rows are multiplied by
   // them: a row of the state's is a column. The other runs have none then.
   float* transitions = nullptr;           // [run_count][HV][V + K][K]: the rows after V
   const int* gradient_windows = nullptr;  // [run_count][HV]: with `transitions`; where it is not -1 there is none either
-  // On the device, for context parallelism. The first runs are walked, all if null; blocks then draw items from a counter.
-  const int* used_runs = nullptr;
-  unsigned int* next_item = nullptr;
-  // [run_count][HV]: the chunk, counted in the run, from which alone its last state follows; the walk then starts there,
-  // from zero, and has no transition. -1: all chunks count. Null: likewise. A sequence's first run has no transition either
-  // way.
-  const int* windows = nullptr;
   // Set to zero, if not null: the counts behind Scratch::stored and Scratch::next_item.
   unsigned* counts = nullptr;
   int counts_size = 0;

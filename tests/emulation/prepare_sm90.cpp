@@ -9,7 +9,7 @@
 
 namespace flashdelta::emulation {
 
-fd_status prepare(const fd_forward_args& args, Wave& wave, const Wanted& wanted, int sm_count, Schedule schedule) {
+fd_status prepare(const fd_forward_args& args, Wave& wave, int sm_count, Schedule schedule) {
   const fd_problem& problem = *args.problem;
   const bool packed = args.cu_seqlens != nullptr;
   cuda::PrepareParameters parameters{.q = {},
@@ -21,10 +21,7 @@ fd_status prepare(const fd_forward_args& args, Wave& wave, const Wanted& wanted,
                                      .slots = static_cast<int>(wave.chunks.size()),
                                      .heads = static_cast<int>(problem.H),
                                      .scale = static_cast<float>(problem.scale),
-                                     .l2norm_eps = static_cast<float>(problem.l2norm_eps),
-                                     .used_slots = wanted.used_slots,
-                                     .needed = wanted.needed};
-  if (!wanted.p) parameters.scratch.p = nullptr;
+                                     .l2norm_eps = static_cast<float>(problem.l2norm_eps)};
   fd_status status = cuda::tensor_map(parameters.q, "q", args.q, problem, packed, problem.H, problem.K);
   if (status == FD_OK) status = cuda::tensor_map(parameters.k, "k", args.k, problem, packed, problem.H, problem.K);
   if (status != FD_OK) return status;

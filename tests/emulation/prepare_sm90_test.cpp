@@ -3,9 +3,7 @@
 
 #include <gtest/gtest.h>
 
-#include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <string>
 #include <utility>
 #include <vector>
@@ -30,7 +28,7 @@ constexpr double BFLOAT16_LIMIT = 0.003, FLOAT16_LIMIT = 0.0004, VECTOR_LIMIT = 
 
 constexpr int FEW_SMS = 1, SOME_SMS = 3;  // one block for all chunks; several
 
-void compare(const Case& c, const Data& d, const Wave& wave, bool p, std::int64_t n, std::int64_t value_head) {
+void compare(const Case& c, const Data& d, const Wave& wave, std::int64_t n, std::int64_t value_head) {
   const HeadInputs inputs = head_inputs(c, d, n, value_head);
   const HeadReference expected = chunk_reference(inputs);
   const auto normalised = [&](const testing::Array& rows, std::int64_t token) {
@@ -45,10 +43,8 @@ void compare(const Case& c, const Data& d, const Wave& wave, bool p, std::int64_
     std::vector<double> got(C * C);
     read_tile(wave.scratch.t + at * cuda::TILE, c.dtype, got.data(), C, true);
     for (std::size_t i = 0; i < got.size(); ++i) T.add(got[i], tiles.T[i]);
-    if (p) {
-      read_tile(wave.scratch.p + at * cuda::TILE, c.dtype, got.data(), C);
-      for (std::size_t i = 0; i < got.size(); ++i) P.add(got[i], tiles.P[i]);
-    }
+    read_tile(wave.scratch.p + at * cuda::TILE, c.dtype, got.data(), C);
+    for (std::size_t i = 0; i < got.size(); ++i) P.add(got[i], tiles.P[i]);
     const cuda::ChunkVectors& v = wave.scratch.vectors[at];
     for (std::size_t i = 0; i < C; ++i) {
       const std::size_t token = chunk * C + i;
@@ -58,7 +54,7 @@ void compare(const Case& c, const Data& d, const Wave& wave, bool p, std::int64_
       end.add(v.end[i], tiles.end[i]);
       beta.add(v.beta[i], token < inputs.beta.size() ? inputs.beta[token] : 0);
       key.add(v.key[i], normalised(d.k, static_cast<std::int64_t>(token)));
-      query.add(v.query[i], p ? normalised(d.q, static_cast<std::int64_t>(token)) : 1);
+      query.add(v.query[i], normalised(d.q, static_cast<std::int64_t>(token)));
     }
   }
   const double limit = c.dtype == FD_BFLOAT16 ? BFLOAT16_LIMIT : FLOAT16_LIMIT;
@@ -67,24 +63,22 @@ void compare(const Case& c, const Data& d, const Wave& wave, bool p, std::int64_
   for (const RelativeError& vector : {rise, end, beta, key, query}) EXPECT_LE(vector.value(), VECTOR_LIMIT);
 }
 
-void run(const Case& c, Wave& wave, bool p, int sm_count, Schedule schedule = Schedule::forward) {
+void run(const Case& c, Wave& wave, int sm_count, Schedule schedule = Schedule::forward) {
   const Data d = make_data(c, 1);
-  with_call(c, d, [&](const fd_forward_args& args) { return prepare(args, wave, {.p = p}, sm_count, schedule); });
+  with_call(c, d, [&](const fd_forward_args& args) { return prepare(args, wave, sm_count, schedule); });
   EXPECT_TRUE(wave.guards_intact());
-  if (!p) {
-    EXPECT_TRUE(poison(wave.p.data(), static_cast<std::int64_t>(wave.p.size())));
-  }
   for (std::size_t slot = 0; slot < wave.chunks.size(); ++slot) {
     if (wave.chunks[slot].sequence >= 0) continue;
     const std::int64_t at = wave.scratch.head(static_cast<int>(slot), 0);
     EXPECT_TRUE(poison(wave.scratch.t + at * cuda::TILE, c.HV * cuda::TILE)) << "slot " << slot;
+    EXPECT_TRUE(poison(wave.scratch.p + at * cuda::TILE, c.HV * cuda::TILE)) << "slot " << slot;
     EXPECT_TRUE(poison(wave.scratch.vectors + at, c.HV * static_cast<std::int64_t>(sizeof(cuda::ChunkVectors))))
         << "slot " << slot;
   }
   for (std::int64_t n = 0; n < c.N(); ++n) {
     for (std::int64_t hv = 0; hv < c.HV; ++hv) {
       SCOPED_TRACE("sequence " + std::to_string(n) + ", value head " + std::to_string(hv));
-      compare(c, d, wave, p, n, hv);
+      compare(c, d, wave, n, hv);
     }
   }
 }
@@ -128,9 +122,9 @@ std::vector<Case> prepare_cases() {
 class EmulatedPrepare : public ::testing::TestWithParam<Case> {};
 
 TEST_P(EmulatedPrepare, LeavesTheTilesOfAllChunks) {
-  for (const bool p : {true, false}) {
+  for (const int sm_count : {FEW_SMS, SOME_SMS}) {
     Wave wave(GetParam());
-    run(GetParam(), wave, p, p ? SOME_SMS : FEW_SMS);
+    run(GetParam(), wave, sm_count);
   }
 }
 
@@ -142,44 +136,14 @@ TEST(Prepare, TheOrderOfThreadsDoesNotMatter) {
   c.l2norm = true;
   c.HV = 6;
   Wave expected(c);
-  run(c, expected, true, FEW_SMS);
+  run(c, expected, FEW_SMS);
   for (const Schedule schedule : {Schedule::backward, Schedule::shuffled}) {
     Wave wave(c);
-    run(c, wave, true, SOME_SMS, schedule);
+    run(c, wave, SOME_SMS, schedule);
     EXPECT_TRUE(same_bytes(wave.t, expected.t));
     EXPECT_TRUE(same_bytes(wave.p, expected.p));
     EXPECT_TRUE(same_bytes(wave.vectors, expected.vectors));
   }
-}
-
-TEST(Prepare, OnlyWantedHeadsOfUsedSlots) {
-  Case c = prepare_cases()[0];
-  c.HV = 6;
-  c.l2norm = true;
-  const Data d = make_data(c, 1);
-  Wave all(c), some(c);
-  const int used = static_cast<int>(all.chunks.size()) - 3;
-  std::vector<std::uint8_t> needed;
-  for (std::size_t i = 0; i < all.chunks.size() * 6; ++i) needed.push_back(i % 5 == 0 || i % 7 == 3 || (i > 40 && i < 50));
-  with_call(c, d, [&](const fd_forward_args& args) {
-    const fd_status status = prepare(args, all, {}, FEW_SMS, Schedule::forward);
-    return status == FD_OK ? prepare(args, some, {true, &used, needed.data()}, SOME_SMS, Schedule::shuffled) : status;
-  });
-  EXPECT_TRUE(some.guards_intact());
-  int written = 0;
-  for (std::size_t i = 0; i < needed.size(); ++i) {
-    const std::size_t slot = i / 6;
-    const bool wanted = needed[i] != 0 && slot < static_cast<std::size_t>(used) && all.chunks[slot].sequence >= 0;
-    const auto check = [&](const void* got, const void* expected, std::size_t bytes) {
-      EXPECT_TRUE(wanted ? std::memcmp(got, expected, bytes) == 0 : poison(got, static_cast<std::int64_t>(bytes)))
-          << "slot " << slot << ", value head " << i % 6;
-    };
-    check(some.scratch.t + i * cuda::TILE, all.scratch.t + i * cuda::TILE, cuda::TILE);
-    check(some.scratch.p + i * cuda::TILE, all.scratch.p + i * cuda::TILE, cuda::TILE);
-    check(some.scratch.vectors + i, all.scratch.vectors + i, sizeof(cuda::ChunkVectors));
-    written += wanted ? 1 : 0;
-  }
-  EXPECT_GT(written, 5);
 }
 
 }  // namespace

@@ -21,16 +21,14 @@ fd_status states(const fd_forward_args& args, const Wave& wave, const std::vecto
       .runs = runs.data(),
       .run_count = static_cast<int>(runs.size()),
       .heads = static_cast<int>(problem.H),
-      .row_blocks = wave.scratch.value_blocks + (setting.transition ? 2 : 0),
-      .initial = cuda::Pool(setting.initial ? args.initial_state : fd_tensor{}, problem.initial_dtype, problem.initial_rows,
-                            args.initial_index, problem.index_dtype, problem.initial_slots),
+      .row_blocks = wave.scratch.value_blocks + (setting.transitions != nullptr ? 2 : 0),
+      .initial = cuda::Pool(args.initial_state, problem.initial_dtype, problem.initial_rows, args.initial_index,
+                            problem.index_dtype, problem.initial_slots),
       .state_v_first = problem.state_v_first,
       .saved = setting.saved,
       .save = setting.save,
-      .outcomes = setting.outcomes,
-      .used_runs = setting.used_runs,
-      .next_item = setting.next_item,
-      .windows = setting.windows,
+      .transitions = setting.transitions,
+      .gradient_windows = setting.gradient_windows,
   };
   if (!setting.tiles) p.scratch.s = p.scratch.r = nullptr;
   fd_status status = cuda::tensor_map(p.k, "k", args.k, problem, packed, problem.H, problem.K);

@@ -9,16 +9,12 @@
 namespace flashdelta::emulation {
 
 struct StatesSetting {
-  bool tiles = true;    // S and R are wanted
-  bool initial = true;  // the call's initial state counts
-  bool transition = false;
+  bool tiles = true;  // S and R are wanted
+  // As in StatesParameters; with `transitions`, rows of the transition are walked too.
   const float* saved = nullptr;
   float* save = nullptr;
-  float* outcomes = nullptr;
-  // As in StatesParameters.
-  const int* used_runs = nullptr;
-  unsigned* next_item = nullptr;
-  const int* windows = nullptr;
+  float* transitions = nullptr;
+  const int* gradient_windows = nullptr;
   int sm_count = 132;  // many: blocks of 64 rows
   Schedule schedule = Schedule::forward;
 };

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <random>
 #include <string>
@@ -48,24 +47,13 @@ std::vector<cuda::Run> whole_sequences(const Case& c, const Wave& wave) {
   return runs;
 }
 
-// Prepares and walks the runs. Returns all outcomes: [run][value head][V or V + K][K].
-std::vector<float> walk(const Case& c, const Data& d, Wave& wave, const std::vector<cuda::Run>& runs,
-                        StatesSetting setting) {
-  std::vector<float> outcomes(runs.size() * static_cast<std::size_t>(c.HV * (c.V + (setting.transition ? K : 0)) * K), nan);
-  setting.outcomes = outcomes.data();
+// Prepares and walks the runs.
+void walk(const Case& c, const Data& d, Wave& wave, const std::vector<cuda::Run>& runs, const StatesSetting& setting) {
   with_call(c, d, [&](const fd_forward_args& args) {
-    const fd_status status = prepare(args, wave, {.p = false}, setting.sm_count, setting.schedule);
+    const fd_status status = prepare(args, wave, setting.sm_count, setting.schedule);
     return status == FD_OK ? states(args, wave, runs, setting) : status;
   });
   EXPECT_TRUE(wave.guards_intact());
-  return outcomes;
-}
-
-// Rows of S^T against a [K, V] matrix.
-void add_state(RelativeError& error, const float* got, const std::vector<double>& expected, std::int64_t V) {
-  for (std::int64_t k = 0; k < K; ++k) {
-    for (std::int64_t v = 0; v < V; ++v) error.add(got[v * K + k], expected[static_cast<std::size_t>(k * V + v)]);
-  }
 }
 
 void compare_tiles(const Case& c, const Wave& wave, const HeadReference& expected, int first_slot, int value_head) {
@@ -85,19 +73,15 @@ void compare_tiles(const Case& c, const Wave& wave, const HeadReference& expecte
   EXPECT_LE(R.value(), limit(c));
 }
 
-// S, R and last states against float64; last states against the forward, bit by bit; both shapes of blocks.
+// S and R against float64; both shapes of blocks bit by bit.
 void expect_states(const Case& c, const Data& d, Schedule schedule) {
   Wave wave(c), other(c);
   const std::vector<cuda::Run> runs = whole_sequences(c, wave);
-  const std::vector<float> outcomes = walk(c, d, wave, runs, {.sm_count = MANY_SMS, .schedule = schedule});
-  const std::vector<float> pairs = walk(c, d, other, runs, {.sm_count = FEW_SMS, .schedule = schedule});
-  EXPECT_EQ(std::memcmp(outcomes.data(), pairs.data(), outcomes.size() * sizeof(float)), 0);
+  walk(c, d, wave, runs, {.sm_count = MANY_SMS, .schedule = schedule});
+  walk(c, d, other, runs, {.sm_count = FEW_SMS, .schedule = schedule});
   EXPECT_TRUE(same_bytes(wave.s, other.s));
   EXPECT_TRUE(same_bytes(wave.r, other.r));
 
-  hopper = {MANY_SMS, Schedule::forward};
-  const testing::Results forward = testing::forward(c, d, {.backend = FD_BACKEND_REFERENCE, .forward = emulation::forward});
-  const std::vector<double>& final = forward.at("final_state").values.x;
   std::vector<bool> used(wave.chunks.size());
   for (std::int64_t n = 0; n < c.N(); ++n) {
     const int first_slot = wave.first_slot[static_cast<std::size_t>(n)];
@@ -105,15 +89,6 @@ void expect_states(const Case& c, const Data& d, Schedule schedule) {
       SCOPED_TRACE("sequence " + std::to_string(n) + ", value head " + std::to_string(hv));
       const HeadReference expected = chunk_reference(head_inputs(c, d, n, hv));
       compare_tiles(c, wave, expected, first_slot, static_cast<int>(hv));
-      const float* outcome = outcomes.data() + static_cast<std::size_t>(2 * n * c.HV + hv) * state_size(c);
-      RelativeError state;
-      add_state(state, outcome, expected.state, c.V);
-      EXPECT_LE(state.value(), limit(c));
-      for (std::int64_t i = 0; i < c.V * K && (!c.pool || d.has_row[static_cast<std::size_t>(n)]); ++i) {
-        const std::int64_t k = i % K, v = i / K, at = c.v_first ? i : k * c.V + v;
-        ASSERT_EQ(outcome[i], final[static_cast<std::size_t>((n * c.HV + hv) * c.V * K + at)])
-            << "value " << v << ", key " << k;
-      }
     }
     for (std::int64_t chunk = 0; chunk * C < c.lengths[static_cast<std::size_t>(n)]; ++chunk) {
       used[static_cast<std::size_t>(first_slot + chunk)] = true;
@@ -161,9 +136,7 @@ std::vector<Case> states_cases() {
 
 class EmulatedStates : public ::testing::TestWithParam<Case> {};
 
-TEST_P(EmulatedStates, AreThoseOfFloat64AndOfTheForwardBitByBit) {
-  expect_states(GetParam(), make_data(GetParam(), 1), Schedule::forward);
-}
+TEST_P(EmulatedStates, AreThoseOfFloat64) { expect_states(GetParam(), make_data(GetParam(), 1), Schedule::forward); }
 
 INSTANTIATE_TEST_SUITE_P(, EmulatedStates, ::testing::ValuesIn(states_cases()),
                          testing::case_name<::testing::TestParamInfo<Case>>);
@@ -187,20 +160,46 @@ fd_status forward_with_saved(const fd_forward_args* call, void* workspace, std::
   return emulation::forward(&args, workspace, bytes, stream);
 }
 
-TEST(States, SegmentsGoOnFromSavedStatesWithTheSameBits) {
-  Case c = states_case({40, cuda::SEGMENT + 70, 30}, 128);
-  c.HV = 1;
+// [K, K]: what the run's state is multiplied by, from the left.
+std::vector<double> transition_of(const HeadInputs& whole, const cuda::Run& run) {
+  const int first = run.first_chunk * C;
+  HeadInputs h;
+  h.tokens = std::min(whole.tokens - first, run.chunks * C);
+  h.V = K;
+  h.scale = whole.scale;
+  const auto part = [&](const std::vector<double>& x, int columns) {
+    return std::vector<double>(x.begin() + first * columns, x.begin() + (first + h.tokens) * columns);
+  };
+  h.q = part(whole.q, K);
+  h.k = part(whole.k, K);
+  h.g = part(whole.g, 1);
+  h.beta = part(whole.beta, 1);
+  h.v = h.do_ = std::vector<double>(static_cast<std::size_t>(h.tokens * K));
+  h.state = h.dstate = std::vector<double>(static_cast<std::size_t>(K * K));
+  for (std::size_t i = 0; i < K; ++i) h.state[i * K + i] = 1;
+  return chunk_reference(h).state;
+}
+
+void expect_segments(const Case& c) {
   const Data d = make_data(c, 2);
   const std::size_t rows = static_cast<std::size_t>(cuda::saved_rows(c.T()));
-  testing::Memory save(rows * state_size(c) * sizeof(float)), expected(save.size());
-  Wave whole(c), segments(c);
-  const std::vector<float> last =
-      walk(c, d, whole, whole_sequences(c, whole), {.save = reinterpret_cast<float*>(save.data()), .sm_count = FEW_SMS});
+  testing::Memory expected(rows * static_cast<std::size_t>(c.HV) * state_size(c) * sizeof(float)), save(expected.size());
   saved_by_the_forward = &expected;
   hopper = {FEW_SMS, Schedule::forward};
   static_cast<void>(testing::forward(c, d, {.backend = FD_BACKEND_REFERENCE, .forward = forward_with_saved}));
+  EXPECT_TRUE(expected.guards_intact());
+  float* const saved = reinterpret_cast<float*>(expected.data());
+  const std::int64_t row = cuda::saved_row(c.lengths[0] + cuda::SEGMENT);
+  EXPECT_FALSE(poison(saved + row * c.HV * c.V * K, c.V * K * static_cast<std::int64_t>(sizeof(float))));
+
+  Wave whole(c), states_only(c);
+  walk(c, d, whole, whole_sequences(c, whole), {.sm_count = FEW_SMS});
+  walk(c, d, states_only, whole_sequences(c, whole),
+       {.tiles = false, .save = reinterpret_cast<float*>(save.data()), .sm_count = FEW_SMS});
   EXPECT_TRUE(save.guards_intact());
   EXPECT_TRUE(same_bytes(save, expected));
+  EXPECT_TRUE(poison(states_only.s.data(), static_cast<std::int64_t>(states_only.s.size())));
+  EXPECT_TRUE(poison(states_only.r.data(), static_cast<std::int64_t>(states_only.r.size())));
 
   // The last sequence's only segment, the second one's in the wrong order, the first one's.
   const int second = whole.first_slot[1];
@@ -209,91 +208,65 @@ TEST(States, SegmentsGoOnFromSavedStatesWithTheSameBits) {
                                        {1, 0, cuda::SEGMENT_CHUNKS, second},
                                        {0, 0, 1, whole.first_slot[0]}};
   for (const int sm_count : {FEW_SMS, MANY_SMS}) {
-    const std::vector<float> outcomes =
-        walk(c, d, segments, runs, {.saved = reinterpret_cast<float*>(save.data()), .sm_count = sm_count});
+    Wave segments(c);
+    testing::Memory again(expected.size());
+    walk(c, d, segments, runs, {.saved = saved, .save = reinterpret_cast<float*>(again.data()), .sm_count = sm_count});
     EXPECT_TRUE(same_bytes(segments.s, whole.s));
     EXPECT_TRUE(same_bytes(segments.r, whole.r));
-    const auto same = [&](std::size_t run, const float* state) {
-      return std::memcmp(outcomes.data() + run * state_size(c), state, state_size(c) * sizeof(float)) == 0;
-    };
-    EXPECT_TRUE(same(0, last.data() + 4 * state_size(c)));
-    EXPECT_TRUE(same(1, last.data() + 2 * state_size(c)));
-    const std::int64_t row = cuda::saved_row(40 + cuda::SEGMENT);
-    EXPECT_TRUE(same(2, reinterpret_cast<float*>(save.data()) + row * c.V * K));
-    EXPECT_TRUE(same(3, last.data()));
+    EXPECT_TRUE(same_bytes(again, expected));
   }
 }
 
-TEST(States, OutcomesAreAffineInTheFirstState) {
+TEST(States, SavedStatesAreTheForwardsBitByBitAndSegmentsGoOnFromThem) {
+  Case c = states_case({40, cuda::SEGMENT + 70, 30}, 128);
+  c.HV = 1;
+  expect_segments(c);
+  c.V = 64;
+  c.dtype = FD_FLOAT16;
+  c.gates = Gates::raw;
+  c.strengths = Strengths::logit;
+  c.l2norm = c.v_first = true;
+  expect_segments(c);
+}
+
+TEST(States, TransitionsOfRunsInTheMiddle) {
   for (const std::int64_t V : {64, 128}) {
-    const Case c = states_case({70, 300}, V);
+    const Case c = states_case({70, 400}, V);
     const Data d = make_data(c, 3);
-    Wave wave(c);
-    const int slot = wave.first_slot[1];
-    const std::vector<cuda::Run> runs = {{1, 0, 2, slot}, {1, 2, 3, slot + 2}};
+    Wave expected(c);
+    const int slot = expected.first_slot[1];
+    const std::vector<cuda::Run> runs = {
+        {1, 0, 2, slot}, {1, 2, 2, slot + 2}, {-1, 0, 0, 0}, {1, 4, 1, slot + 4}, {1, 5, 2, slot + 5}};
+    const std::vector<int> windows = {-1, -1, -1, -1, -1, -1, -1, 0, -1, -1};  // of two value heads each
+    const std::vector<float> saved(static_cast<std::size_t>(cuda::saved_rows(c.T()) * c.HV) * state_size(c));
+    walk(c, d, expected, runs, {.saved = saved.data()});
     for (const int sm_count : {FEW_SMS, MANY_SMS}) {
-      const std::vector<float> outcomes =
-          walk(c, d, wave, runs, {.tiles = false, .initial = false, .transition = true, .sm_count = sm_count});
-      for (std::int64_t hv = 0; hv < c.HV; ++hv) {
-        const HeadReference expected = chunk_reference(head_inputs(c, d, 1, hv));
-        const std::vector<double>* const states[3] = {&expected.chunks[0].S, &expected.chunks[2].S, &expected.state};
-        for (std::int64_t run = 0; run < 2; ++run) {
-          const std::vector<double>&in = *states[run], &out = *states[run + 1];
-          const float* from_zero = outcomes.data() + (run * c.HV + hv) * (V + K) * K;
-          const float* transition = from_zero + V * K;  // M transposed
-          RelativeError error;
-          for (std::int64_t v = 0; v < V; ++v) {
-            for (std::int64_t k = 0; k < K; ++k) {
-              double x = from_zero[v * K + k];
-              for (std::int64_t j = 0; j < K; ++j) x += in[static_cast<std::size_t>(j * V + v)] * transition[j * K + k];
-              error.add(x, out[static_cast<std::size_t>(k * V + v)]);
-            }
-          }
-          EXPECT_LE(error.value(), BFLOAT16_LIMIT) << "V " << V << ", head " << hv << ", run " << run;
+      Wave wave(c);
+      std::vector<float> got(windows.size() * static_cast<std::size_t>((V + K) * K), nan);
+      walk(c, d, wave, runs,
+           {.saved = saved.data(),
+            .transitions = got.data(),
+            .gradient_windows = windows.data(),
+            .sm_count = sm_count,
+            .schedule = Schedule::shuffled});
+      EXPECT_TRUE(same_bytes(wave.s, expected.s));
+      EXPECT_TRUE(same_bytes(wave.r, expected.r));
+      for (std::size_t i = 0; i < windows.size(); ++i) {
+        const cuda::Run& run = runs[i / 2];
+        SCOPED_TRACE("V " + std::to_string(V) + ", run " + std::to_string(i / 2) + ", value head " + std::to_string(i % 2));
+        const float* const of_run = got.data() + i * static_cast<std::size_t>((V + K) * K);
+        const float* const transition = of_run + V * K;
+        const auto untouched = [](float x) { return std::isnan(x); };
+        EXPECT_TRUE(std::all_of(of_run, transition, untouched));
+        if (run.sequence < 0 || run.first_chunk == 0 || run.first_chunk == 5 || windows[i] >= 0) {
+          EXPECT_TRUE(std::all_of(transition, transition + K * K, untouched));
+          continue;
         }
+        RelativeError error;
+        const std::vector<double> matrix = transition_of(head_inputs(c, d, 1, static_cast<std::int64_t>(i % 2)), run);
+        for (std::size_t j = 0; j < matrix.size(); ++j) error.add(transition[j], matrix[j]);
+        EXPECT_LE(error.value(), BFLOAT16_LIMIT);
       }
-    }
-    EXPECT_TRUE(poison(wave.s.data(), static_cast<std::int64_t>(wave.s.size())));
-    EXPECT_TRUE(poison(wave.r.data(), static_cast<std::int64_t>(wave.r.size())));
-  }
-}
-
-TEST(States, RunsMayStartAtTheirWindows) {
-  const Case c = states_case({70, 400}, 128);
-  const Data d = make_data(c, 3);
-  Wave wave(c);
-  const int slot = wave.first_slot[1], used = 2;
-  const std::vector<cuda::Run> runs = {{1, 0, 2, slot}, {1, 2, 4, slot + 2}, {0, 0, 2, wave.first_slot[0]}};
-  const std::vector<int> windows = {-1, 1, 2, -1, 0, 0};  // of two value heads each
-  const std::vector<float> all = walk(c, d, wave, runs, {.tiles = false, .initial = false, .transition = true});
-  const std::vector<float> cut =
-      walk(c, d, wave, {{1, 1, 1, slot + 1}, {1, 4, 2, slot + 4}}, {.tiles = false, .transition = true});
-  for (const int sm_count : {FEW_SMS, MANY_SMS}) {
-    unsigned next_item = 0;
-    const std::vector<float> got = walk(c, d, wave, runs,
-                                        {.tiles = false,
-                                         .initial = false,
-                                         .transition = true,
-                                         .used_runs = &used,
-                                         .next_item = &next_item,
-                                         .windows = windows.data(),
-                                         .sm_count = sm_count});
-    EXPECT_GT(next_item, 0U);
-    const auto size = static_cast<std::size_t>((c.V + K) * K), values = state_size(c);  // of a run and value head
-    for (std::size_t i = 0; i < windows.size(); ++i) {
-      SCOPED_TRACE("run " + std::to_string(i / 2) + ", value head " + std::to_string(i % 2));
-      const float* outcome = got.data() + i * size;
-      const bool walked = i < 4, whole = windows[i] < 0, transition = walked && whole && i >= 2;
-      const float* expected = (whole ? all : cut).data() + i * size;
-      if (walked) {
-        EXPECT_EQ(std::memcmp(outcome, expected, values * sizeof(float)), 0);
-      }
-      if (transition) {
-        EXPECT_EQ(std::memcmp(outcome + values, expected + values, (size - values) * sizeof(float)), 0);
-      }
-      const auto untouched = [](float x) { return std::isnan(x); };
-      EXPECT_EQ(std::all_of(outcome, outcome + values, untouched), !walked);
-      EXPECT_EQ(std::all_of(outcome + values, outcome + size, untouched), !transition);
     }
   }
 }
@@ -302,20 +275,18 @@ TEST(States, TheOrderOfThreadsDoesNotMatter) {
   const Case c = states_case({200, 0, 65}, 128);
   const Data d = make_data(c, 4);
   Wave expected(c);
-  const std::vector<float> outcomes = walk(c, d, expected, whole_sequences(c, expected), {});
+  walk(c, d, expected, whole_sequences(c, expected), {});
   for (const int sm_count : {FEW_SMS, MANY_SMS}) {
     for (const Schedule schedule : {Schedule::backward, Schedule::shuffled}) {
       Wave wave(c);
-      const std::vector<float> again =
-          walk(c, d, wave, whole_sequences(c, wave), {.sm_count = sm_count, .schedule = schedule});
-      EXPECT_EQ(std::memcmp(again.data(), outcomes.data(), outcomes.size() * sizeof(float)), 0);
+      walk(c, d, wave, whole_sequences(c, wave), {.sm_count = sm_count, .schedule = schedule});
       EXPECT_TRUE(same_bytes(wave.s, expected.s));
       EXPECT_TRUE(same_bytes(wave.r, expected.r));
     }
   }
 }
 
-TEST(States, RandomPackedBatchesHaveTheForwardsBits) {
+TEST(States, RandomPackedBatches) {
   std::mt19937_64 random(6);
   const auto below = [&](std::uint64_t n) { return static_cast<std::int64_t>(random() % n); };
   for (std::uint64_t i = 0; i < 6; ++i) {
