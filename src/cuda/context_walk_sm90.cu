@@ -13,6 +13,7 @@
 #include "cuda/context_kernels_sm90.hpp"
 #include "cuda/device.hpp"
 #include "cuda/ptx.cuh"
+#include "cuda/walk_sm90.cuh"
 
 namespace flashdelta::cuda {
 namespace {
@@ -218,8 +219,7 @@ __device__ __forceinline__ void walk_state(const WalkParameters& p, WalkMemory& 
     if (item.run < 0) break;
     first_state(p, item, s, value, column);
     uint32_t a[32];  // S^T rounded: operand of U
-#pragma unroll
-    for (int i = 0; i < 32; ++i) a[i] = pack<T>(s[2 * i], s[2 * i + 1]);
+    round_state<T>(a, s);
 
     bool keys_full = false;
     for (const uint32_t end = count + static_cast<uint32_t>(item.end - item.first); count != end; ++count) {
@@ -228,17 +228,7 @@ __device__ __forceinline__ void walk_state(const WalkParameters& p, WalkMemory& 
       float u[32];
       if (!keys_full) wait_full(shared, CHUNK_FULL, chunk);
       const uint32_t tile_k = shared_address(shared.k[chunk.stage]), tile_v = shared_address(shared.v[chunk.stage]);
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < 8; ++k) {
-        const uint64_t b = advance(matrix_descriptor(tile_k, 16), (k / 4) * TILE + (k % 4) * 32);
-        if (k == 0) {
-          wgmma<T, true, 0>(u, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3], b);
-        } else {
-          wgmma<T, false, 0>(u, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3], b);
-        }
-      }
-      wgmma_commit();
+      begin_product_with_state<T>(u, a, tile_k);
       // What follows the product is loaded while it runs.
       wait_full(shared, GATES_FULL, gate_ring);
       const ChunkGates& gates = shared.gates[gate_ring.stage];
@@ -253,29 +243,9 @@ __device__ __forceinline__ void walk_state(const WalkParameters& p, WalkMemory& 
       wgmma_wait<0>();
       accumulators_ready(u);
       uint32_t x[16];  // V - e^gam U
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const float2 f = read[2 * i + h], v0 = unpack<T>(v[i][2 * h]), v1 = unpack<T>(v[i][2 * h + 1]);
-          const float* y = u + 8 * i + 4 * h;
-          x[4 * i + 2 * h] = pack<T>(v0.x - f.x * y[0], v0.y - f.y * y[1]);
-          x[4 * i + 2 * h + 1] = pack<T>(v1.x - f.x * y[2], v1.y - f.y * y[3]);
-        }
-      }
-      computed(x);
+      subtract_read<T>(x, v, read, u);
       if (!tile_full) wait_full(shared, T_FULL, tile);
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const uint64_t b = advance(matrix_descriptor(tile_t, 8192), k * 2048);
-        if (k == 0) {
-          wgmma<T, true, 1>(u, x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3], b);
-        } else {
-          wgmma<T, false, 1>(u, x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3], b);
-        }
-      }
-      wgmma_commit();
+      begin_solve<T>(u, x, tile_t);
       // The state decays while T's product runs: neither between its instructions, which ptxas does within a block of code,
       // nor beside U, where it would wait for U first.
       keys_full = count + 1 != end && is_full(shared, CHUNK_FULL, ring_at<CHUNK_STAGES>(count + 1));
@@ -287,26 +257,14 @@ __device__ __forceinline__ void walk_state(const WalkParameters& p, WalkMemory& 
       wgmma_wait<0>();
       accumulators_ready(u);
       uint32_t w[16];  // V' decayed to the chunk's end
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        w[2 * j] = pack<T>(write[j].x * u[4 * j], write[j].y * u[4 * j + 1]);
-        w[2 * j + 1] = pack<T>(write[j].x * u[4 * j + 2], write[j].y * u[4 * j + 3]);
-      }
-      computed(w);
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        wgmma<T, false, 1>(s, w[4 * k], w[4 * k + 1], w[4 * k + 2], w[4 * k + 3],
-                           advance(matrix_descriptor(tile_k, 8192), k * 2048));
-      }
-      wgmma_commit();
+      decay_writes<T>(w, u, write);
+      begin_update<T>(s, w, tile_k);
       arrive(shared, GATES_FREE, gate_ring, lane);
       arrive(shared, T_FREE, tile, lane);
       wgmma_wait<0>();
       accumulators_ready(s);
       arrive(shared, CHUNK_FREE, chunk, lane);
-#pragma unroll
-      for (int i = 0; i < 32; ++i) a[i] = pack<T>(s[2 * i], s[2 * i + 1]);
+      round_state<T>(a, s);
       computed(a);
     }
     const int64_t outcome = int64_t{item.run} * p.value_heads + item.value_head;

@@ -16,6 +16,7 @@
 #include "cuda/chunk.cuh"
 #include "cuda/forward_sm90.hpp"
 #include "cuda/ptx.cuh"
+#include "cuda/walk_sm90.cuh"
 
 namespace flashdelta::cuda {
 
@@ -297,8 +298,7 @@ __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemo
       load_state(p.initial, v_first, p.initial.row(item.sequence, 0), item.value_head, s, item.first_value + value, column);
     }
     uint32_t a[32];  // S^T rounded: operand of U and O
-#pragma unroll
-    for (int i = 0; i < 32; ++i) a[i] = pack<T>(s[2 * i], s[2 * i + 1]);
+    round_state<T>(a, s);
 
     const int end = item.end;
     uint32_t y[16] = {};  // O of the chunk before, rounded
@@ -311,34 +311,14 @@ __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemo
         float u[32], o[32];
         if (!tiles_full) wait_full(shared, TILES_FULL, tiles);
         const uint32_t tile_k = shared_address(shared.k[keys.stage]), tile_q = shared_address(shared.q[keys.stage]);
-        wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < 8; ++k) {
-          const uint64_t b = advance(matrix_descriptor(tile_k, 16), (k / 4) * 8192 + (k % 4) * 32);
-          if (k == 0) {
-            wgmma<T, true, 0>(u, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3], b);
-          } else {
-            wgmma<T, false, 0>(u, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3], b);
-          }
-        }
-        wgmma_commit();
+        begin_product_with_state<T>(u, a, tile_k);
         const auto write_last_output = [&] {
           if (!started) return;
           if (!output_free) wait_free(shared, O_FREE, outputs);
           write_output(shared_address(shared.o[outputs.stage]) + turn * 8192, y, token, block);
         };
         if constexpr (STATE == 2) write_last_output();  // its registers are needed for Q S
-        wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < 8; ++k) {
-          const uint64_t b = advance(matrix_descriptor(tile_q, 16), (k / 4) * 8192 + (k % 4) * 32);
-          if (k == 0) {
-            wgmma<T, true, 0>(o, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3], b);
-          } else {
-            wgmma<T, false, 0>(o, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3], b);
-          }
-        }
-        wgmma_commit();
+        begin_product_with_state<T>(o, a, tile_q);
 
         if constexpr (STATE == 1) write_last_output();  // wgmma_fence would wait for it
         const ChunkGates& gates = shared.gates[gate_ring.stage];
@@ -357,25 +337,9 @@ __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemo
         accumulators_ready(u);
         if constexpr (STATE == 2) load();
         uint32_t x[16];  // V - e^gam U, later R
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const float2 f = read[i], v0 = unpack<T>(v[i / 2][i % 2 * 2]), v1 = unpack<T>(v[i / 2][i % 2 * 2 + 1]);
-          x[2 * i] = pack<T>(v0.x - f.x * u[4 * i], v0.y - f.y * u[4 * i + 1]);
-          x[2 * i + 1] = pack<T>(v1.x - f.x * u[4 * i + 2], v1.y - f.y * u[4 * i + 3]);
-        }
-        computed(x);
+        subtract_read<T>(x, v, read, u);
         const uint32_t tile_t = shared_address(shared.t[tiles.stage]), tile_p = shared_address(shared.p[tiles.stage]);
-        wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const uint64_t b = advance(matrix_descriptor(tile_t, 8192), k * 2048);
-          if (k == 0) {
-            wgmma<T, true, 1>(u, x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3], b);
-          } else {
-            wgmma<T, false, 1>(u, x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3], b);
-          }
-        }
-        wgmma_commit();
+        begin_solve<T>(u, x, tile_t);
         if (started) {
           arrive(shared, O_FULL, outputs, lane);
         }
@@ -390,21 +354,10 @@ __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemo
         accumulators_ready(u);
         accumulators_ready(o);
         uint32_t w[16];  // V' decayed to the chunk's end
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          w[2 * j] = pack<T>(write[j].x * u[4 * j], write[j].y * u[4 * j + 1]);
-          w[2 * j + 1] = pack<T>(write[j].x * u[4 * j + 2], write[j].y * u[4 * j + 3]);
-        }
-        computed(w);
+        decay_writes<T>(w, u, write);
         float2 emit[8];
         load_factors(emit, gates.emit, lane);
-        wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          wgmma<T, false, 1>(s, w[4 * k], w[4 * k + 1], w[4 * k + 2], w[4 * k + 3],
-                             advance(matrix_descriptor(tile_k, 8192), k * 2048));
-        }
-        wgmma_commit();
+        begin_update<T>(s, w, tile_k);
         output_free = is_free(shared, O_FREE, ring_at<S::O>(count));
         tiles_full = is_full(shared, TILES_FULL, ring_at<S::TILES>(count + 1));
 #pragma unroll
@@ -425,8 +378,7 @@ __device__ __forceinline__ void run_state(const ForwardParameters& p, SharedMemo
         wgmma_commit();
         wgmma_wait<1>();
         accumulators_ready(s);
-#pragma unroll
-        for (int i = 0; i < 32; ++i) a[i] = pack<T>(s[2 * i], s[2 * i + 1]);
+        round_state<T>(a, s);
         computed(a);
         wgmma_wait<0>();
         accumulators_ready(o);

@@ -7,10 +7,10 @@
 //   warpgroups 1..  state: U = S^T K^T, R = (V - e^gam U) T^T, S = e^gam_C S + (beta e^(gam_C - gam) R) K
 #include <algorithm>
 
-#include "cuda/block_sm90.cuh"
 #include "cuda/device.hpp"
 #include "cuda/ptx.cuh"
 #include "cuda/states_sm90.hpp"
+#include "cuda/walk_sm90.cuh"
 
 namespace flashdelta::cuda {
 namespace {
@@ -197,8 +197,7 @@ __device__ __forceinline__ void run_state(const StatesParameters& p, SharedMemor
     if (item.run < 0) break;
     first_state(p, item, item.block + turn, s, value, column);
     uint32_t a[32];  // S^T rounded: operand of U
-#pragma unroll
-    for (int i = 0; i < 32; ++i) a[i] = pack<T>(s[2 * i], s[2 * i + 1]);
+    round_state<T>(a, s);
 
     const int chunks = item.chunks;
     bool chunk_full = false, started = false;
@@ -209,17 +208,7 @@ __device__ __forceinline__ void run_state(const StatesParameters& p, SharedMemor
       const ChunkVectors& vectors = shared.vectors[ring.stage];
       const uint32_t tile_k = shared_address(stage.k), tile_t = shared_address(stage.t);
       const uint32_t tile_v = shared_address(stage.v) + turn * TILE;
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < 8; ++k) {
-        const uint64_t b = advance(matrix_descriptor(tile_k, 16), (k / 4) * TILE + (k % 4) * 32);
-        if (k == 0) {
-          wgmma<T, true, 0>(u, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3], b);
-        } else {
-          wgmma<T, false, 0>(u, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3], b);
-        }
-      }
-      wgmma_commit();
+      begin_product_with_state<T>(u, a, tile_k);
       if constexpr (TILES) {
         wait_free(shared, S_FREE, outputs);
         const uint32_t image = shared_address(shared.s[outputs.stage]) + turn * STATE_TILE;
@@ -243,25 +232,8 @@ __device__ __forceinline__ void run_state(const StatesParameters& p, SharedMemor
       wgmma_wait<0>();
       accumulators_ready(u);
       uint32_t x[16];  // V - e^gam U
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float2 f = read[j], v0 = unpack<T>(v[j / 2][2 * (j & 1)]), v1 = unpack<T>(v[j / 2][2 * (j & 1) + 1]);
-        const float* y = u + 4 * j;
-        x[2 * j] = pack<T>(v0.x - f.x * y[0], v0.y - f.y * y[1]);
-        x[2 * j + 1] = pack<T>(v1.x - f.x * y[2], v1.y - f.y * y[3]);
-      }
-      computed(x);
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const uint64_t b = advance(matrix_descriptor(tile_t, TILE), k * 2048);
-        if (k == 0) {
-          wgmma<T, true, 1>(u, x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3], b);
-        } else {
-          wgmma<T, false, 1>(u, x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3], b);
-        }
-      }
-      wgmma_commit();
+      subtract_read<T>(x, v, read, u);
+      begin_solve<T>(u, x, tile_t);
       if constexpr (TILES) {
         // For S and for R of the chunk before: long after they were stored, the fence takes no time.
         fence_async_shared();
@@ -295,19 +267,8 @@ __device__ __forceinline__ void run_state(const StatesParameters& p, SharedMemor
       wgmma_wait<0>();
       accumulators_ready(u);
       uint32_t w[16];  // V' decayed to the chunk's end
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        w[2 * j] = pack<T>(write[j].x * u[4 * j], write[j].y * u[4 * j + 1]);
-        w[2 * j + 1] = pack<T>(write[j].x * u[4 * j + 2], write[j].y * u[4 * j + 3]);
-      }
-      computed(w);
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        wgmma<T, false, 1>(s, w[4 * k], w[4 * k + 1], w[4 * k + 2], w[4 * k + 3],
-                           advance(matrix_descriptor(tile_k, TILE), k * 2048));
-      }
-      wgmma_commit();
+      decay_writes<T>(w, u, write);
+      begin_update<T>(s, w, tile_k);
       if constexpr (TILES) {
         const uint32_t image = shared_address(shared.r[outputs.stage]) + turn * TILE;
 #pragma unroll
@@ -323,8 +284,7 @@ __device__ __forceinline__ void run_state(const StatesParameters& p, SharedMemor
       accumulators_ready(s);
       arrive(shared, CHUNK_FREE, ring, lane);
       ring = next;
-#pragma unroll
-      for (int i = 0; i < 32; ++i) a[i] = pack<T>(s[2 * i], s[2 * i + 1]);
+      round_state<T>(a, s);
       computed(a);
 
       const int done = (item.first_chunk + c + 1) * CHUNK;
