@@ -343,10 +343,10 @@ def main() -> int:
     # the positions that decode has written, the worst of them
     decoded, expected = logits[PROMPT:].cpu(), at_once[0, PROMPT:].cpu()
     difference, limit = worst_distance(decoded, expected), 1e-4
-    if device.type != "cpu":  # bf16 rounds differently along the two ways: both are judged by float32
+    if device.type != "cpu":  # bf16 rounds differently along the two ways: float32 judges both, and one pass has to be near
         with torch.no_grad():
             exact, _ = copy.deepcopy(model).cpu()(everything.cpu())
-        limit = 2 * worst_distance(expected, exact[0, PROMPT:])
+        limit = min(2 * worst_distance(expected, exact[0, PROMPT:]), 5e-2)
         difference = worst_distance(decoded, exact[0, PROMPT:])
     beside = "one pass" if device.type == "cpu" else "one pass in float32"
     print(f"consistency  prefill + decode differ from {beside} by {difference:.1e} of the logits (limit {limit:.1e})")
