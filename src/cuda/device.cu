@@ -150,21 +150,16 @@ fd_status launch(const void* kernel, const Launch& config, void** arguments, voi
     const cudaError_t error = opt_ins.add(kernel, config.shared);
     if (error != cudaSuccess) return checked(error, config.name);
   }
-  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchAttribute overlap = {};
   cudaLaunchConfig_t launch = {};
   launch.gridDim = config.grid;
   launch.blockDim = config.block;
   launch.dynamicSmemBytes = config.shared;
   launch.stream = static_cast<cudaStream_t>(stream);
-  launch.attrs = attributes;
-  if (config.cluster > 1) {
-    attributes[launch.numAttrs].id = cudaLaunchAttributeClusterDimension;
-    attributes[launch.numAttrs++].val.clusterDim = {config.cluster, 1, 1};
-  }
-  if (config.overlap) {
-    attributes[launch.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[launch.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-  }
+  launch.attrs = &overlap;
+  launch.numAttrs = config.overlap ? 1 : 0;
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaError_t error = cudaLaunchKernelExC(&launch, kernel, arguments);
   if (error == cudaErrorInvalidValue && large) {  // the device was reset, or has another context now: nobody opted in there
     static_cast<void>(cudaGetLastError());

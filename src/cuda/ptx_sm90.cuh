@@ -104,9 +104,6 @@ __device__ __forceinline__ void fence_async_shared(uint32_t, int) { fence_async_
 // --- bulk copies
 // -----------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
 __device__ __forceinline__ void tensor_load(uint32_t shared, const CUtensorMap* map, uint32_t barrier, int c0, int c1,
                                             int c2, int c3, int c4) {
   asm volatile(

@@ -158,7 +158,6 @@ inline void poison_for_copy(uint32_t shared, uint32_t bytes) {
   emulation::written_by_copy(shared, bytes);
 }
 
-inline void prefetch_tensor_map(const CUtensorMap*) {}
 inline void tensor_prefetch(const CUtensorMap*, int, int, int, int, int) {}
 // Reads what a load would read, so that an address outside of memory shows.
 inline void bulk_prefetch(const void* global, int bytes) {
