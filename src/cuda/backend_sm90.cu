@@ -63,6 +63,17 @@ const Device* hopper(const char* operation, const void* saved, fd_status& status
   return nullptr;
 }
 
+// Bytes of a head's state in a pool if its elements lie together and begin where a bulk copy may; else 0.
+int bytes_together(const View& states, const fd_problem& p) {
+  const int64_t size = states.type == FD_FLOAT32 ? 4 : 2, inner = p.state_v_first != 0 ? p.K : p.V;
+  const bool together = states.data != nullptr && states.stride[3] == 1 && states.stride[2] == inner;
+  const bool aligned = (reinterpret_cast<uintptr_t>(states.data) | static_cast<uintptr_t>(states.stride[0] * size) |
+                        static_cast<uintptr_t>(states.stride[1] * size)) %
+                           16 ==
+                       0;
+  return together && aligned ? static_cast<int>(p.K * p.V * size) : 0;
+}
+
 fd_status forward(const fd_forward_args& args, void* workspace, void* stream) {
   const fd_problem& p = *args.problem;
   fd_status status;
@@ -96,9 +107,11 @@ fd_status forward(const fd_forward_args& args, void* workspace, void* stream) {
       .value_blocks = 0,
       .items = 0,
       .state_v_first = p.state_v_first,
+      .initial_bytes = 0,
       .scale = static_cast<float>(p.scale),
       .l2norm_eps = static_cast<float>(p.l2norm_eps),
   };
+  parameters.initial_bytes = bytes_together(parameters.initial.states, p);
   status = tensor_map(parameters.q, "fd_forward: q", args.q, p, packed, p.H, p.K);
   if (status == FD_OK) status = tensor_map(parameters.k, "fd_forward: k", args.k, p, packed, p.H, p.K);
   if (status == FD_OK) status = tensor_map(parameters.v, "fd_forward: v", args.v, p, packed, p.HV, p.V);

@@ -119,14 +119,27 @@ __device__ __forceinline__ StateLayout state_layout(const Pool& pool, bool v_fir
                  : StateLayout{base, pool.states.stride[2], pool.states.stride[3]};
 }
 
-// Elements of one type: asked once, so that all loads are on their way before the first is converted.
-template <fd_dtype TYPE>
-__device__ __forceinline__ void load_elements(const void* states, const StateLayout& at, int64_t first, float (&s)[64]) {
+// Calls visit(element, register) for the thread's elements, of which the first is `at`. What is added to addresses is found
+// once, and the type is asked once: either takes longer than a load or store itself.
+template <typename Element, typename Visit>
+__device__ __forceinline__ void visit_elements(Element* at, const StateLayout& layout, Visit visit) {
+  const int64_t right = layout.key, down = 8 * layout.value, both = right + down, next = 8 * layout.key;
 #pragma unroll
-  for (int i = 0; i < 64; ++i) {
-    s[i] = load_element(states, TYPE, first + (8 * (i / 4) + (i & 1)) * at.key + ((i & 2) * 4) * at.value);
+  for (int i = 0; i < 64; i += 4, at += next) {
+    visit(at[0], i);
+    visit(at[right], i + 1);
+    visit(at[down], i + 2);
+    visit(at[both], i + 3);
   }
 }
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ void round_to(float& to, float x) { to = x; }
+__device__ __forceinline__ void round_to(__nv_bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
+__device__ __forceinline__ void round_to(__half& to, float x) { to = __float2half_rn(x); }
+
 // Row < 0: zeros.
 __device__ __forceinline__ void load_state(const Pool& pool, bool v_first, int64_t row, int value_head, float (&s)[64],
                                            int value, int key) {
@@ -135,12 +148,15 @@ __device__ __forceinline__ void load_state(const Pool& pool, bool v_first, int64
   if (row < 0) return;
   const StateLayout at = state_layout(pool, v_first, row, value_head);
   const int64_t first = at.base + value * at.value + key * at.key;
+  const auto load = [&](auto* states) {
+    visit_elements(states + first, at, [&](const auto& x, int i) { s[i] = to_float(x); });
+  };
   if (pool.states.type == FD_FLOAT32) {
-    load_elements<FD_FLOAT32>(pool.states.data, at, first, s);
+    load(static_cast<const float*>(pool.states.data));
   } else if (pool.states.type == FD_BFLOAT16) {
-    load_elements<FD_BFLOAT16>(pool.states.data, at, first, s);
+    load(static_cast<const __nv_bfloat16*>(pool.states.data));
   } else {
-    load_elements<FD_FLOAT16>(pool.states.data, at, first, s);
+    load(static_cast<const __half*>(pool.states.data));
   }
 }
 // Row < 0: nothing is written.
@@ -149,10 +165,13 @@ __device__ __forceinline__ void store_state(const Pool& pool, bool v_first, int6
   if (row < 0) return;
   const StateLayout at = state_layout(pool, v_first, row, value_head);
   const int64_t first = at.base + value * at.value + key * at.key;
-#pragma unroll
-  for (int i = 0; i < 64; ++i) {
-    store_element(pool.states.data, pool.states.type, first + (8 * (i / 4) + (i & 1)) * at.key + ((i & 2) * 4) * at.value,
-                  s[i]);
+  const auto store = [&](auto* states) { visit_elements(states + first, at, [&](auto& x, int i) { round_to(x, s[i]); }); };
+  if (pool.states.type == FD_FLOAT32) {
+    store(static_cast<float*>(pool.states.data));
+  } else if (pool.states.type == FD_BFLOAT16) {
+    store(static_cast<__nv_bfloat16*>(pool.states.data));
+  } else {
+    store(static_cast<__half*>(pool.states.data));
   }
 }
 

@@ -132,6 +132,14 @@ __device__ __forceinline__ void load_inputs(const ForwardParameters& p, SharedMe
     barrier_arrive(barrier_address(shared, ITEM_FULL, items.stage));
     items.next<S::ITEMS>();
     if (item.sequence < 0) break;
+    // Other warps load the state as soon as they are done with the item before.
+    if (p.initial_bytes > 0 && item.start < 0) {
+      const int64_t row = p.initial.row(item.sequence, 0);
+      const View& states = p.initial.states;
+      const int64_t at = row * states.stride[0] + item.value_head * states.stride[1];
+      const int size = states.type == FD_FLOAT32 ? 4 : 2;
+      if (row >= 0) bulk_prefetch(static_cast<const char*>(states.data) + at * size, p.initial_bytes);
+    }
     const int head = item.value_head / group;
     for (int c = item.first; c < item.end + LAG; ++c) {
       if (c < item.end) {

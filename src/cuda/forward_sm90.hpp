@@ -31,6 +31,7 @@ struct ForwardParameters {
   int heads, value_heads, values, value_blocks;
   int items;  // without `runs`
   int state_v_first;
+  int initial_bytes;  // of a head's initial state, where its elements lie together on multiples of 16 bytes; else 0
   float scale, l2norm_eps;
 };
 
