@@ -70,6 +70,17 @@ TEST_F(Sm90Context, LongSequencesMatchTheReferenceInEveryMode) {
   }
 }
 
+TEST_F(Sm90Context, CutSequencesAreBitwiseTheSameTwoHundredTimes) {
+  Case c = sm90_case({1500, 0, 200});
+  c.HV = 2;
+  c.gates = Gates::mixed;
+  const Data d = make_data(c, 5);
+  for (const double bound : {0.0, -1.0}) {
+    const Results first = on_gpu(c, d, FD_CONTEXT_ON, bound);
+    for (int i = 0; i < 200; ++i) expect_same_bits(on_gpu(c, d, FD_CONTEXT_ON, bound), first);
+  }
+}
+
 TEST_F(Sm90Context, OffDoesNotDependOnTheRestOfTheBatch) {
   Case c = sm90_case({3000, 0, 30, 700});
   c.padding = 10;

@@ -118,6 +118,16 @@ TEST_F(Sm90, BothBlockShapesGiveTheSameBits) {
   }
 }
 
+TEST_F(Sm90, BothBlockShapesAreBitwiseTheSameTwoHundredTimes) {
+  for (const std::int64_t HV : {2, 64}) {
+    Case c = sm90_case("", {300, 0, 65}, true);
+    c.H = 2, c.HV = HV, c.l2norm = true, c.checkpoint_interval = 64;
+    const Data d = make_data(c, 6);
+    const Results first = on_gpu(c, d);
+    for (int i = 0; i < 200; ++i) expect_same_bits(on_gpu(c, d), first);
+  }
+}
+
 TEST_F(Sm90, RandomPackedBatchesMatchTheReference) {
   std::mt19937_64 random(4);
   for (int i = 0; i < 12; ++i) {

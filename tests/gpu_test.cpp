@@ -131,6 +131,15 @@ TEST_F(Cuda, RandomStepsMatchTheReference) {
   }
 }
 
+TEST_F(Cuda, IsBitwiseTheSameTwoHundredTimes) {
+  for (const Case& c : step_cases()) {
+    SCOPED_TRACE(describe(c));
+    const Data d = make_data(c, 4);
+    const Results first = on_gpu(c, d);
+    for (int i = 0; i < 200; ++i) expect_same_bits(on_gpu(c, d), first);
+  }
+}
+
 TEST_F(Cuda, SequenceAloneEqualsSequenceInBatchBitwise) {
   const Case c{.name = "batch", .lengths = {2, 0, 1, 5}, .packed = true, .padding = 3, .H = 2, .HV = 4, .K = 64, .V = 40};
   const Data d = make_data(c, 3);
