@@ -242,22 +242,23 @@ __device__ __forceinline__ void clear_tiles(uint32_t tiles, int bytes, int threa
 // halves of 64 columns, 8 KB each) are in shared memory, and the tiles were cleared once. `meanwhile` is called while the
 // first product runs; when it returns, `gates` are there, too, and the tiles' space is free. On return the tiles are
 // written, but not fenced for wgmma: `tile_t` is T transposed, `tile_p` is P, 64 x 64, swizzled. Without QUERIES there is no
-// Q, and `tile_p` is not touched.
-template <typename T, bool NORM, bool QUERIES, typename Meanwhile>
+// Q, and `tile_p` is not touched. With EARLY, which takes 32 registers more, Q K^T is begun together with K K^T.
+template <typename T, bool NORM, bool QUERIES, bool EARLY = false, typename Meanwhile>
 __device__ __forceinline__ void make_tiles(uint32_t tile_k, uint32_t tile_q, uint32_t tile_t, uint32_t tile_p,
                                            TileScratch& scratch, const TileGates& gates, int barrier, int warp, int lane_,
                                            const Meanwhile& meanwhile) {
   int lane = opaque(lane_), row = 16 * warp + (lane >> 2), column = 2 * (lane & 3);
   float kk[32];
-  begin_product<T>(kk, tile_k, tile_k);
-  meanwhile();
   [[maybe_unused]] float qk[32];
+  begin_product<T>(kk, tile_k, tile_k);
+  if constexpr (QUERIES && EARLY) begin_product<T>(qk, tile_q, tile_k);
+  meanwhile();
   float2 columns[8];
 #pragma unroll
   for (int j = 0; j < 8; ++j) columns[j] = *reinterpret_cast<const float2*>(&gates.column[8 * j + column]);
   float2 rows = {1.0f, 1.0f};
   if constexpr (NORM) rows = {gates.row[row], gates.row[row + 8]};
-  wgmma_wait<0>();
+  wgmma_wait<QUERIES && EARLY ? 1 : 0>();
   accumulators_ready(kk);
   named_barrier(barrier, 128);  // nobody reads the scratch of the chunk before any more
 
@@ -289,8 +290,8 @@ __device__ __forceinline__ void make_tiles(uint32_t tile_k, uint32_t tile_q, uin
     }
   }
   corner = static_cast<uint32_t>(opaque(static_cast<int>(corner)));  // one register from here on, not four
-  // Q K^T runs while the diagonal blocks are inverted; together with K K^T it would take too many registers.
-  if constexpr (QUERIES) begin_product<T>(qk, tile_q, tile_k);
+  // Q K^T runs while the diagonal blocks are inverted.
+  if constexpr (QUERIES && !EARLY) begin_product<T>(qk, tile_q, tile_k);
   __syncwarp();
   uint32_t x[4];
   invert_diagonal(x, own, corner, lane);

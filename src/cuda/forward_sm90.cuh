@@ -259,13 +259,13 @@ __device__ __forceinline__ void make_all_tiles(SharedMemory<STATE>& shared, int 
       if (S::AUXILIARY == 1 || count % S::AUXILIARY == static_cast<uint32_t>(turn)) {
         const Ring keys = ring_at<S::KQ>(count), gates = ring_at<S::GATES>(count), tiles = ring_at<S::TILES>(count);
         wait_full(shared, KQ_FULL, keys);
-        make_tiles<T, NORM, true>(shared_address(shared.k[keys.stage]), shared_address(shared.q[keys.stage]),
-                                  shared_address(shared.t[tiles.stage]), shared_address(shared.p[tiles.stage]),
-                                  shared.scratch[turn], shared.gates[gates.stage], 1 + turn, warp, lane, [&] {
-                                    hand_over();
-                                    wait_for_place<S::TILES>(shared, count);
-                                    wait_full(shared, GATES_FULL, gates);
-                                  });
+        make_tiles<T, NORM, true, STATE == 1>(shared_address(shared.k[keys.stage]), shared_address(shared.q[keys.stage]),
+                                              shared_address(shared.t[tiles.stage]), shared_address(shared.p[tiles.stage]),
+                                              shared.scratch[turn], shared.gates[gates.stage], 1 + turn, warp, lane, [&] {
+                                                hand_over();
+                                                wait_for_place<S::TILES>(shared, count);
+                                                wait_full(shared, GATES_FULL, gates);
+                                              });
         written = count;
       }
     }
