@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstdio>
 
+#include "cuda/ptx.cuh"
+
 namespace flashdelta::cuda {
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
@@ -251,23 +253,6 @@ __device__ __forceinline__ float2 unpack<__half>(uint32_t x) {
   return __half22float2(*reinterpret_cast<const __half2*>(&x));
 }
 
-// d += a b for one warp: a 16 x 16, b 16 x 8, both of type T, sums in fp32.
-#define FD_MMA(type)                                                         \
-  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
-      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                       \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
-template <typename T>
-__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
-template <>
-__device__ __forceinline__ void mma<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  FD_MMA("bf16");
-}
-template <>
-__device__ __forceinline__ void mma<__half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  FD_MMA("f16");
-}
-#undef FD_MMA
 __device__ __forceinline__ void mma_half(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   mma<__half>(d, a, b0, b1);
 }

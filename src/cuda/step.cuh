@@ -47,6 +47,12 @@ __device__ int sum_and_share(float* x, int lane) {
   return position;
 }
 
+// The first one in the lower half.
+__device__ inline uint32_t pack_bf16(float x, float y) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
+  return static_cast<uint32_t>(__bfloat16_as_ushort(pair.y)) << 16 | __bfloat16_as_ushort(pair.x);
+}
+
 __device__ inline float sum_of_warp(float x) {
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) x += __shfl_xor_sync(ALL_LANES, x, mask);

@@ -316,7 +316,7 @@ Results step(const Case& c, const Data& d, const Setting& setting) {
   args.accepted = call.accepted();
   args.o = call.output("o", c.dtype, d.v.shape);
   if (c.final_state) call.final_state(args, c.slots > 0);
-  return call.run_operation(args, fd_step_workspace, fd_step);
+  return call.run_operation(args, fd_step_workspace, setting.step);
 }
 
 Results backward(const Case& c, const Data& d, const Setting& setting) {

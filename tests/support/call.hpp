@@ -36,9 +36,10 @@ struct Setting {
   double context_bound = 0;
   std::int64_t workspace_limit = 0;
   Remote* remote = nullptr;  // runs on the CUDA device it stands for
-  // What forward() and backward() call: the library, or other code with the same contract.
+  // What forward(), backward() and step() call: the library, or other code with the same contract.
   decltype(&fd_forward) forward = fd_forward;
   decltype(&fd_backward) backward = fd_backward;
+  decltype(&fd_step) step = fd_step;
 };
 
 // The definition of correct: the reference backend, with inputs and outputs in fp64.

@@ -52,19 +52,20 @@ fd_status launch(void (*kernel)(Parameters), const Launch& config, const Paramet
   if (config.shared > sizeof(raw)) return fail(FD_DEVICE_ERROR, std::string(config.name) + ": too much shared memory");
   blockDim = config.block;
   gridDim = config.grid;
-  std::vector<unsigned> order(config.grid.x);
+  const dim3& grid = config.grid;
+  std::vector<unsigned> order(std::size_t{grid.x} * grid.y * grid.z);
   std::iota(order.begin(), order.end(), 0);
   if (schedule == emulation::Schedule::backward) std::reverse(order.begin(), order.end());
   if (schedule == emulation::Schedule::shuffled) std::shuffle(order.begin(), order.end(), std::mt19937(emulation::seed));
   waits = 0;
   for (const unsigned i : order) {
     std::memset(raw, 0xff, sizeof(raw));
-    blockIdx.x = i;
+    blockIdx = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
     emulation::run_block(
         static_cast<int>(config.block.x), schedule, [&] { kernel(parameters); },
         [](int thread) { threadIdx.x = static_cast<unsigned>(thread); }, i);
   }
-  if (config.overlap && waits != std::int64_t{config.grid.x} * config.block.x) {
+  if (config.overlap && waits != std::ssize(order) * config.block.x) {
     return fail(FD_DEVICE_ERROR, std::string(config.name) + ": not every thread waits for earlier kernels");
   }
   return FD_OK;

@@ -352,6 +352,29 @@ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     multiply<8>(a, b, d, false);
   });
 }
+inline void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
+  const uint32_t a[4] = {a0, a1, 0, 0};
+  mma<__nv_bfloat16>(d, a, b0, 0);
+}
+// d (16 x 8) += a (16 x 8) b (8 x 8) in tf32.
+inline void mma_tf32(float (&d)[4], const float (&a)[4], float b0, float b1) {
+  struct Lane {
+    const float* a;
+    float b[2];
+    float* d;
+  } mine{a, {b0, b1}, d};
+  emulation::together(mine, [](const auto& lanes) {
+    const auto tf32 = [](float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); };
+    float a[16][16] = {}, b[16][8] = {};
+    emulation::Accumulators d;
+    for (std::size_t l = 0; l < emulation::WARP; ++l) {
+      for (std::size_t i = 0; i < 4; ++i) a[l / 4 + 8 * (i % 2)][l % 4 + 4 * (i / 2)] = tf32(lanes[l]->a[i]);
+      for (std::size_t i = 0; i < 2; ++i) b[l % 4 + 4 * i][l / 4] = tf32(lanes[l]->b[i]);
+      d[l] = lanes[l]->d;
+    }
+    multiply<8>(a, b, d, false);
+  });
+}
 inline void mma_half(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { mma<__half>(d, a, b0, b1); }
 
 inline void wgmma_fence() { emulation::fence_multiplications(); }
