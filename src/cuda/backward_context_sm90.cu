@@ -13,6 +13,7 @@ __global__ void __launch_bounds__(WINDOW_THREADS)
   extern __shared__ __align__(1024) uint8_t raw[];
   auto& shared = *reinterpret_cast<WindowMemory*>(raw);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
+  allow_later_kernels();
   wait_for_earlier_kernels();
   const int index = static_cast<int>(blockIdx.x) / p.value_heads, value_head = static_cast<int>(blockIdx.x) % p.value_heads;
   const Run run = p.segments[index];
@@ -54,6 +55,7 @@ __global__ void __launch_bounds__(FOLD_THREADS) gradient_fold_kernel(const __gri
   extern __shared__ __align__(1024) uint8_t raw[];
   auto& shared = *reinterpret_cast<GradientFoldMemory*>(raw);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
+  allow_later_kernels();
   wait_for_earlier_kernels();
   const int groups = p.values / FOLD_ROWS, per_piece = p.value_heads * groups, block = static_cast<int>(blockIdx.x);
   const int value_head = block % per_piece / groups;
@@ -180,7 +182,8 @@ fd_status launch_gradient_windows(const GradientWindowParameters& p, bool bfloat
   const Launch config{.name = "gradient_windows_kernel",
                       .grid = dim3(static_cast<unsigned>(p.segment_count * p.value_heads)),
                       .block = dim3(WINDOW_THREADS),
-                      .shared = sizeof(WindowMemory)};
+                      .shared = sizeof(WindowMemory),
+                      .overlap = true};
   return bfloat16 ? launch(gradient_windows_kernel<__nv_bfloat16>, config, p, stream)
                   : launch(gradient_windows_kernel<__half>, config, p, stream);
 }
@@ -191,7 +194,8 @@ fd_status launch_gradient_fold(const GradientFoldParameters& p, void* stream) {
   const Launch config{.name = "gradient_fold_kernel",
                       .grid = dim3(static_cast<unsigned>(pieces * p.value_heads * (p.values / FOLD_ROWS))),
                       .block = dim3(FOLD_THREADS),
-                      .shared = sizeof(GradientFoldMemory)};
+                      .shared = sizeof(GradientFoldMemory),
+                      .overlap = true};
   return launch(gradient_fold_kernel, config, p, stream);
 }
 

@@ -96,6 +96,7 @@ struct Workspace {
     scratch.r = parts.take<uint8_t>(blocks * TILE);
     scratch.stored = parts.take<unsigned>(heads + 1);
     scratch.next_item = scratch.stored + heads;
+    scratch.next_run = parts.take<unsigned>(1);
     scratch.dv = has_dv ? nullptr : parts.take<uint8_t>(blocks * TILE);
     saved = parts.take<float>(static_cast<int64_t>(saved_bytes(p) / sizeof(float)));
     for (float*& c : carry) c = parts.take<float>(tiling.waves > 1 ? state_floats(p) : 0);
@@ -119,7 +120,15 @@ class Backward {
         initial_(args.initial_state, p_.initial_dtype, p_.initial_rows, args.initial_index, p_.index_dtype,
                  p_.initial_slots),
         sm_count_(sm_count),
-        stream_(stream) {}
+        stream_(stream) {
+    // Two blocks of values in one read K, Q, T, P once; but blocks of one take half as long, if they all run at once.
+    const Tiling& t = workspace_.tiling;
+    const int64_t walked = workspace_.splits ? t.segment_slots : t.sequence_slots, blocks = p_.V / VALUES;
+    full_ = blocks % 2 == 0 && walked * p_.HV * blocks > sm_count;
+    if (workspace_.splits && args.cu_seqlens == nullptr) {
+      runs_ = static_cast<int>(std::max<int64_t>(1, std::min(t.wave_tokens, t.positions) / SEGMENT));
+    }
+  }
 
   fd_status run() {
     if (p_.N == 0 || p_.HV == 0) return FD_OK;
@@ -135,6 +144,7 @@ class Backward {
     for (int wave = tiling.waves; wave-- > 0 && status == FD_OK;) {
       status = prepare(wave);
       if (status == FD_OK && workspace_.splits) status = windows(wave);
+      if (status == FD_OK && workspace_.splits) status = outcomes(wave);
       if (status == FD_OK) status = states(wave);
       if (status == FD_OK) status = workspace_.splits ? chain_of_segments(wave) : chain_of_pieces(wave);
       if (status == FD_OK) status = gradients(wave);
@@ -243,6 +253,7 @@ class Backward {
       parameters.row_blocks += KEYS / VALUES;
       parameters.transitions = workspace_.outcomes;
       parameters.gradient_windows = workspace_.windows;
+      parameters.beside_earlier = 1;
     }
     return launch_states(parameters, bfloat16(), sm_count_, stream_);
   }
@@ -261,6 +272,7 @@ class Backward {
         .runs = nullptr,
         .run_count = 0,
         .heads = heads(),
+        .full = full_,
         .initial = initial_,
         .dfinal = Pool(args_.dfinal_state, p_.final_dtype, p_.N, none, p_.index_dtype, 0),
         .dinitial = Pool(args_.dinitial_state, p_.initial_dtype, p_.N, none, p_.index_dtype, 0),
@@ -283,15 +295,16 @@ class Backward {
     return launch_chain(parameters, bfloat16(), sm_count_, stream_);
   }
 
-  fd_status chain_of_segments(int wave) {
+  fd_status outcomes(int wave) {
     ChainParameters parameters = chain_parameters();
     parameters.runs = segments(wave);
     parameters.run_count = workspace_.tiling.segment_slots;
     parameters.outcomes = workspace_.outcomes;
     parameters.windows = workspace_.windows;
-    fd_status status = launch_chain(parameters, bfloat16(), sm_count_, stream_);
-    if (status != FD_OK) return status;
+    return launch_chain(parameters, bfloat16(), sm_count_, stream_);
+  }
 
+  fd_status chain_of_segments(int wave) {
     const GradientFoldParameters fold{
         .sequences = sequences_,
         .pieces = pieces(wave),
@@ -306,10 +319,12 @@ class Backward {
         .carry_in = carry_in(wave),
         .carry_out = carry_out(wave),
     };
-    status = launch_gradient_fold(fold, stream_);
+    const fd_status status = launch_gradient_fold(fold, stream_);
     if (status != FD_OK) return status;
 
-    parameters.outcomes = nullptr;
+    ChainParameters parameters = chain_parameters();
+    parameters.runs = segments(wave);
+    parameters.run_count = workspace_.tiling.segment_slots;
     parameters.starts = workspace_.starts;
     parameters.start_stride = state_floats(p_);
     return launch_chain(parameters, bfloat16(), sm_count_, stream_);
@@ -338,6 +353,8 @@ class Backward {
         .heads = heads(),
         .l2norm = p_.qk_l2norm,
         .scale = static_cast<float>(p_.scale),
+        .runs = runs_,
+        .run_slots = runs_ > 1 ? SEGMENT_CHUNKS : workspace_.tiling.chunk_slots,
     };
     return launch_gradients(parameters, bfloat16(), sm_count_, stream_);
   }
@@ -369,6 +386,8 @@ class Backward {
   const Pool initial_;
   const int sm_count_;
   void* const stream_;
+  int runs_ = 1;       // see GradientParameters
+  bool full_ = false;  // see ChainParameters
   CUtensorMap q_{}, k_{}, v_{}, do_{}, dq_{}, dk_{}, dv_{};
 };
 

@@ -18,12 +18,13 @@ fd_status launch_chain_variant(const ChainParameters& p, int items, int sm_count
 
 template <typename T, bool OUTCOMES, bool PAIR>
 fd_status launch_chain_shape(const ChainParameters& p, int sm_count, void* stream) {
-  // Blocks of 64 values where they all run at once, as in the forward; two blocks of values in one read K, Q, T, P once.
   const int items = p.run_count * p.scratch.value_heads * p.scratch.value_blocks;
   if (items == 0) return FD_OK;
-  return p.scratch.value_blocks % 2 != 0 || items <= sm_count
-             ? launch_chain_variant<T, 1, OUTCOMES, PAIR>(p, items, sm_count, stream)
-             : launch_chain_variant<T, 2, OUTCOMES, PAIR>(p, items / 2, sm_count, stream);
+  // The pre-pass: most runs are short, by their windows, and the others take half as long with half of the values.
+  if constexpr (!OUTCOMES) {
+    if (p.full) return launch_chain_variant<T, 2, OUTCOMES, PAIR>(p, items / 2, sm_count, stream);
+  }
+  return launch_chain_variant<T, 1, OUTCOMES, PAIR>(p, items, sm_count, stream);
 }
 
 // See `add_do`.

@@ -33,8 +33,9 @@ enum Barrier {
 template <int STATE>
 struct Shape {
   static constexpr int THREADS = 128 * (1 + STATE);
-  static constexpr int STAGES = STATE == 1 ? 3 : 2;  // of what is loaded; what is stored has one
-  static constexpr int BYTES = STATE * TILE;         // of the item's values of a chunk
+  static constexpr int STAGES = STATE == 1 ? 3 : 2;   // of what is loaded
+  static constexpr int OUTPUTS = STATE == 1 ? 2 : 1;  // of what is stored
+  static constexpr int BYTES = STATE * TILE;          // of the item's values of a chunk
   // Registers per thread with two state warpgroups; one has all it wants.
   static constexpr int PRODUCER_REGISTERS = 24, STATE_REGISTERS = 240;
 };
@@ -58,8 +59,8 @@ struct alignas(1024) SharedMemory {
   uint8_t do_[S::STAGES][S::BYTES];  // [STATE] tiles
   uint8_t p[S::STAGES][TILE];
   uint8_t t[S::STAGES][TILE];
-  uint8_t ds[STATE * STATE_TILE];
-  uint8_t dv[S::BYTES];
+  uint8_t ds[S::OUTPUTS][STATE * STATE_TILE];
+  uint8_t dv[S::OUTPUTS][S::BYTES];
   ChunkVectors vectors[S::STAGES];
   Factors factors[S::STAGES];
   uint64_t barriers[BARRIERS][MAX_STAGES];
@@ -205,12 +206,21 @@ __device__ __forceinline__ void make_factors(const ChainParameters& p, SharedMem
   arrive(shared, INPUTS_FULL, ring, lane);
 }
 
-// Of a chunk whose stores are committed, and whose space in shared memory is free again: when they are written, the
-// gradients may know. The next chunk's have time until the one after it.
+// A chunk's tiles are written, and the gradients may know, when its stores have ended. Where memory is busy this takes as
+// long as half of the values do: with two places for what is stored, a chunk is counted when the next one's are on their
+// way.
 template <int STATE>
-__device__ __forceinline__ void end_stores(const Scratch& scratch, int slot, int value_head) {
-  stores_wait();
-  count_written(scratch.stored + (slot * scratch.value_heads + value_head), STATE);
+__device__ __forceinline__ void end_stores(const Scratch& scratch, const Item& item, int slot) {
+  unsigned* count = scratch.stored + (slot * scratch.value_heads + item.value_head);
+  constexpr bool LATER = Shape<STATE>::OUTPUTS > 1;
+  if (LATER && slot + 1 < item.slot + item.chunks) {
+    stores_wait<1>();
+    count_written(count + scratch.value_heads, STATE);
+  }
+  if (!LATER || slot == item.slot) {
+    stores_wait<0>();
+    count_written(count, STATE);
+  }
 }
 
 // Warp 2, one lane: stores dS.
@@ -220,12 +230,12 @@ __device__ __forceinline__ void store_states(const ChainParameters& p, SharedMem
   for_each_chunk<STATE, false>(p, [&](const Item& item, int, int slot) {
     wait_full(shared, DS_FULL, ring);
     bulk_store(p.scratch.ds + p.scratch.block(slot, item.value_head, item.first_block) * STATE_TILE,
-               shared_address(shared.ds), STATE * STATE_TILE);
+               shared_address(shared.ds[ring.stage]), STATE * STATE_TILE);
     stores_commit();
     stores_wait_read<0>();
     barrier_arrive(barrier_address(shared, DS_FREE, ring.stage));
-    end_stores<STATE>(p.scratch, slot, item.value_head);
-    ring.next<1>();
+    end_stores<STATE>(p.scratch, item, slot);
+    ring.template next<Shape<STATE>::OUTPUTS>();
   });
 }
 
@@ -235,7 +245,7 @@ __device__ __forceinline__ void store_values(const ChainParameters& p, SharedMem
   Ring ring;
   for_each_chunk<STATE, false>(p, [&](const Item& item, int, int slot) {
     wait_full(shared, DV_FULL, ring);
-    const uint32_t dv = shared_address(shared.dv);
+    const uint32_t dv = shared_address(shared.dv[ring.stage]);
     if (p.scratch.dv != nullptr) {
       bulk_store(p.scratch.dv + p.scratch.block(slot, item.value_head, item.first_block) * TILE, dv, Shape<STATE>::BYTES);
     }
@@ -249,8 +259,8 @@ __device__ __forceinline__ void store_values(const ChainParameters& p, SharedMem
     stores_commit();
     stores_wait_read<0>();
     barrier_arrive(barrier_address(shared, DV_FREE, ring.stage));
-    end_stores<STATE>(p.scratch, slot, item.value_head);
-    ring.next<1>();
+    end_stores<STATE>(p.scratch, item, slot);
+    ring.template next<Shape<STATE>::OUTPUTS>();
   });
 }
 
@@ -414,7 +424,7 @@ __device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory
 
       // The image of dS1
       if constexpr (!OUTCOMES) {
-        const uint32_t tile = shared_address(shared.ds) + turn * STATE_TILE;
+        const uint32_t tile = shared_address(shared.ds[stores.stage]) + turn * STATE_TILE;
         const int value = thread / 32 * 16 + thread % 16, right = (thread >> 4) & 1;
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
@@ -474,7 +484,7 @@ __device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory
       keys = columns(shared_address(shared.k[next.stage]));
       load_do(x, shared_address(shared.do_[next.stage]) + turn * TILE + row);
       if constexpr (!OUTCOMES) {
-        const uint32_t tile = shared_address(shared.dv) + turn * TILE + row;
+        const uint32_t tile = shared_address(shared.dv[stores.stage]) + turn * TILE + row;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float* y = dv + 8 * i;
@@ -487,7 +497,7 @@ __device__ __forceinline__ void run_state(const ChainParameters& p, SharedMemory
         fence_async_shared();
         arrive(shared, DV_FULL, stores, lane);
       }
-      stores.next<1>();
+      stores.next<Shape<STATE>::OUTPUTS>();
       ds_free = OUTCOMES || is_free(shared, DS_FREE, stores);
       wgmma_wait<1>();
       accumulators_ready(s);

@@ -16,6 +16,7 @@ struct ChainParameters {
   const Run* runs;  // [run_count]: pieces, or segments
   int run_count;
   int heads;
+  bool full;  // two blocks of values in one block, which share K, Q, T, P; for an even number of them
   // A run that ends its sequence starts from the gradient of the final state (absent: zero), another from `starts`; one that
   // begins its sequence leaves the gradient of the initial state (if that is wanted: zero where the sequence had no initial
   // state), another leaves `carry_out`, unless null. Only with that gradient do is rounded in two parts (see `add_do`),

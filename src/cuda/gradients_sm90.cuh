@@ -32,6 +32,12 @@ __device__ __forceinline__ Place place(const GradientParameters& p, const Item& 
 
 // --- loads
 
+// The slot of the item with this turn: in the chain's order, see GradientParameters.
+__device__ __forceinline__ int slot_at(const GradientParameters& p, int turn) {
+  const int at = turn / p.heads;
+  return at < p.runs * p.run_slots ? (p.runs - at % p.runs) * p.run_slots - 1 - at / p.runs : at;
+}
+
 // Brings a value head's tiles to L2, long before there is room for them in shared memory; `stored`: the chain's, too.
 __device__ __forceinline__ void prefetch(const GradientParameters& p, const Item& item, const Place& at, int value_head,
                                          bool stored) {
@@ -61,7 +67,7 @@ __device__ __forceinline__ void load(const GradientParameters& p, SharedMemory& 
   for (unsigned next; index < all; index = next) {
     next = atomicAdd(p.scratch.next_item, 1u);
     Item item;
-    item.slot = p.slots - 1 - static_cast<int>(index / key_heads);  // the chain's order
+    item.slot = slot_at(p, static_cast<int>(index));
     item.head = static_cast<int>(index % key_heads);
     item.place = p.chunks[item.slot];
     if (item.place.sequence < 0) {

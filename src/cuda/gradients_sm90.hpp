@@ -23,6 +23,7 @@ struct GradientParameters {
   int slots, heads;
   int l2norm;
   float scale;
+  int runs, run_slots;  // the chain walks so many parts of so many slots at once, from their last ones on
 };
 
 fd_status launch_gradients(const GradientParameters&, bool bfloat16, int sm_count, void* stream);

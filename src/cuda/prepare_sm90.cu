@@ -174,7 +174,9 @@ __global__ void __launch_bounds__(THREADS, 1) prepare_kernel(const __grid_consta
     init_barriers(shared, arrivals);
   }
   __syncthreads();
+  allow_later_kernels();
   wait_for_earlier_kernels();
+  if (p.scratch.next_run != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *p.scratch.next_run = 0;
 
   if (warpgroup != 0) {
     make_all_tiles<T, NORM>(p, shared, warpgroup - 1, warp, lane);
@@ -192,8 +194,11 @@ fd_status launch_variant(const PrepareParameters& p, int sm_count, void* stream)
   const int64_t items = static_cast<int64_t>(p.slots) * p.heads;
   if (items == 0) return FD_OK;
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(items, sm_count));
-  const Launch config{
-      .name = "prepare_kernel", .grid = dim3(blocks), .block = dim3(THREADS), .shared = sizeof(SharedMemory)};
+  const Launch config{.name = "prepare_kernel",
+                      .grid = dim3(blocks),
+                      .block = dim3(THREADS),
+                      .shared = sizeof(SharedMemory),
+                      .overlap = true};
   return launch(prepare_kernel<T, NORM>, config, p, stream);
 }
 

@@ -145,7 +145,11 @@ template <int PENDING>
 __device__ __forceinline__ void stores_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
 }
-__device__ __forceinline__ void stores_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+// Until at most PENDING groups of stores are not written.
+template <int PENDING = 0>
+__device__ __forceinline__ void stores_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(PENDING) : "memory");
+}
 
 // --- between blocks. A count in global memory says what bulk copies have written: one thread adds to it after stores_wait,
 // another waits for it before it starts copies that read.

@@ -69,15 +69,21 @@ struct alignas(1024) SharedMemory {
 };
 static_assert(sizeof(SharedMemory<1>) <= 227 * 1024 && sizeof(SharedMemory<2>) <= 227 * 1024);
 
+// Transitions come first, of which there are few: the blocks that have one get to their values when others are done with
+// theirs, and memory is theirs alone.
 template <int STATE>
 __device__ __forceinline__ Item make_item(const StatesParameters& p, int index, int items) {
   Item item = {};
   item.run = -1;
   if (index >= items) return item;
-  const int groups = p.row_blocks / STATE, per_run = p.scratch.value_heads * groups;
-  item.run = index / per_run;
-  item.value_head = index % per_run / groups;
-  item.block = index % groups * STATE;
+  const int values = p.scratch.value_blocks,
+            transitions = p.run_count * p.scratch.value_heads * (p.row_blocks - values) / STATE;
+  const bool transition = index < transitions;
+  const int groups = (transition ? p.row_blocks - values : values) / STATE, per_run = p.scratch.value_heads * groups;
+  const int at = transition ? index : index - transitions;
+  item.run = at / per_run;
+  item.value_head = at % per_run / groups;
+  item.block = (transition ? values : 0) + at % groups * STATE;
   const Run run = p.runs[item.run];
   item.sequence = run.sequence;
   if (run.sequence < 0) return item;
@@ -104,7 +110,11 @@ __device__ __forceinline__ void load_chunks(const StatesParameters& p, SharedMem
   const int group = p.scratch.value_heads / p.heads;
   const int items = p.run_count * p.scratch.value_heads * (p.row_blocks / STATE);
   Ring ring, item_ring;
-  for (int index = blockIdx.x;; index += static_cast<int>(gridDim.x)) {
+  // Beside another kernel blocks start when it leaves them an SM: those that start first do more.
+  const auto next = [&](int index) {
+    return p.beside_earlier != 0 ? static_cast<int>(atomicAdd(p.scratch.next_run, 1u)) : index + static_cast<int>(gridDim.x);
+  };
+  for (int index = next(static_cast<int>(blockIdx.x) - static_cast<int>(gridDim.x));; index = next(index)) {
     const Item item = make_item<STATE>(p, index, items);
     if (item.run >= 0 && item.sequence < 0) continue;
     wait_free(shared, ITEM_FREE, item_ring);
@@ -329,7 +339,7 @@ __global__ void __launch_bounds__(Shape<STATE>::THREADS, 1) states_kernel(const 
   }
   __syncthreads();
   allow_later_kernels();
-  wait_for_earlier_kernels();
+  if (p.beside_earlier == 0) wait_for_earlier_kernels();
   for (unsigned i = blockIdx.x * blockDim.x + threadIdx.x; p.counts != nullptr && i < static_cast<unsigned>(p.counts_size);
        i += gridDim.x * blockDim.x) {
     p.counts[i] = 0;
@@ -347,6 +357,10 @@ __global__ void __launch_bounds__(Shape<STATE>::THREADS, 1) states_kernel(const 
   } else {
     if constexpr (STATE == 2) more_registers<STATE_REGISTERS>();
     run_state<T, STATE, TILES>(p, shared, warpgroup - 1, warp, lane);
+  }
+  if (p.beside_earlier != 0) {
+    __syncwarp();
+    wait_for_earlier_kernels();
   }
 }
 
@@ -370,10 +384,10 @@ fd_status launch_shape(const StatesParameters& p, int sm_count, void* stream) {
                                                           : launch_variant<T, STATE, true>(p, sm_count, stream);
 }
 
-// Pairs of blocks share K and T, but blocks of one take twice the SMs: better where all find one.
+// Pairs of blocks share K and T, but blocks of one take twice the SMs: better where all values find one.
 template <typename T>
 fd_status launch_type(const StatesParameters& p, int sm_count, void* stream) {
-  const int64_t blocks = int64_t{p.run_count} * p.scratch.value_heads * p.row_blocks;
+  const int64_t blocks = int64_t{p.run_count} * p.scratch.value_heads * p.scratch.value_blocks;
   return p.row_blocks % 2 != 0 || blocks <= sm_count ? launch_shape<T, 1>(p, sm_count, stream)
                                                      : launch_shape<T, 2>(p, sm_count, stream);
 }

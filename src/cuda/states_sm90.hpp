@@ -31,6 +31,9 @@ struct StatesParameters {
   // Set to zero, if not null: the counts behind Scratch::stored and Scratch::next_item.
   unsigned* counts = nullptr;
   int counts_size = 0;
+  // The kernel before makes nothing that this one reads, and what came before that one has ended when this one starts: both
+  // run at once, and this one ends last.
+  int beside_earlier = 0;
 };
 
 fd_status launch_states(const StatesParameters&, bool bfloat16, int sm_count, void* stream);

@@ -79,6 +79,8 @@ struct Scratch {
   // gradients take up those it is done with. Zero before the chain; so is next_item, the gradients' queue.
   unsigned* stored;
   unsigned* next_item;
+  // The queue of the states' runs where the states do not have the SMs to themselves. Zero after `prepare`.
+  unsigned* next_run = nullptr;
 
   __host__ __device__ int64_t head(int slot, int value_head) const {
     return static_cast<int64_t>(slot) * value_heads + value_head;

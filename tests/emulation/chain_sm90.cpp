@@ -26,6 +26,7 @@ fd_status chain(const fd_backward_args& args, const cuda::Scratch& scratch, cons
       .runs = nullptr,
       .run_count = 0,
       .heads = static_cast<int>(problem.H),
+      .full = false,
       .initial = cuda::Pool(args.initial_state, problem.initial_dtype, problem.initial_rows, args.initial_index,
                             problem.index_dtype, problem.initial_slots),
       .dfinal = cuda::Pool(args.dfinal_state, problem.final_dtype, problem.N, {}, problem.index_dtype, 0),
@@ -49,6 +50,7 @@ fd_status chain(const fd_backward_args& args, const cuda::Scratch& scratch, cons
   for (auto wave = waves.rbegin(); status == FD_OK && wave != waves.rend(); ++wave) {
     p.runs = wave->data();
     p.run_count = static_cast<int>(wave->size());
+    p.full = scratch.value_blocks % 2 == 0 && p.run_count * scratch.value_heads * scratch.value_blocks > sm_count;
     p.starts = in.data();
     p.carry_out = out.data();
     status = cuda::launch_chain(p, problem.dtype == FD_BFLOAT16, sm_count, nullptr);

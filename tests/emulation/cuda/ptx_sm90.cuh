@@ -224,7 +224,10 @@ template <int PENDING>
 void stores_wait_read() {
   emulation::wait_for_stores(PENDING, false);
 }
-inline void stores_wait() { emulation::wait_for_stores(0, true); }
+template <int PENDING = 0>
+void stores_wait() {
+  emulation::wait_for_stores(PENDING, true);
+}
 
 inline void count_written(unsigned* count, unsigned written) { *count += written; }
 inline bool is_written(const unsigned* count, unsigned wanted) { return *count >= wanted; }
