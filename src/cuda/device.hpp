@@ -42,8 +42,8 @@ struct Launch {
   const char* name;  // of the kernel, for error messages
   dim3 grid, block;
   std::size_t shared = 0;  // bytes of dynamic shared memory
-  // The kernel runs griddepcontrol.wait before it touches memory, so its blocks may be set up while the kernel before it
-  // in the stream still runs (compute capability 9.0 on).
+  // The kernel runs griddepcontrol.wait before it touches what kernels before it in the stream write (or says why it may do
+  // without until its end), so its blocks may be set up while the one before still runs (compute capability 9.0 on).
   bool overlap = false;
 };
 

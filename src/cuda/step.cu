@@ -50,11 +50,15 @@ Variant choose_variant(const fd_problem& p, bool wide_vectors) {
   return VARIANTS[p.state_v_first != 0][wide_vectors][p.K <= 64 ? 0 : p.K <= 128 ? 1 : 2];
 }
 
+// Whether vectors of so many elements may be accessed in one piece.
+bool aligned(const View& x, int elements) {
+  return reinterpret_cast<std::uintptr_t>(x.data) % (static_cast<std::uintptr_t>(elements) * size_of(x.type)) == 0 &&
+         x.stride[0] % elements == 0 && x.stride[1] % elements == 0 && x.stride[2] % elements == 0;
+}
+
 Access access_of(const View& states, int vector) {
-  const auto bytes = static_cast<std::uintptr_t>(vector) * size_of(states.type);
-  const bool whole = reinterpret_cast<std::uintptr_t>(states.data) % bytes == 0 && states.stride[0] % vector == 0 &&
-                     states.stride[1] % vector == 0 && states.stride[2] % vector == 0;
-  return !whole ? Access::pieces : bytes == 16 ? Access::whole16 : Access::whole8;
+  if (!aligned(states, vector)) return Access::pieces;
+  return static_cast<std::size_t>(vector) * size_of(states.type) == 16 ? Access::whole16 : Access::whole8;
 }
 
 // A kernel whose warps own all keys of some values, or share them by two.
@@ -165,10 +169,6 @@ WarpVariant choose_warps(const fd_problem& p, const StepParameters& call) {
   if (p.K != WARP_KEYS) return {};
   if (!serves(initial, call.initial_access) || !serves(final, call.final_access)) return {};
   const bool packed = call.sequences.cu_seqlens != nullptr;
-  const auto aligned = [](const View& x, int elements) {
-    return reinterpret_cast<std::uintptr_t>(x.data) % (static_cast<std::uintptr_t>(elements) * size_of(x.type)) == 0 &&
-           x.stride[0] % elements == 0 && x.stride[1] % elements == 0 && x.stride[2] % elements == 0;
-  };
   const bool turns = packed || p.T > (call.state_per_token ? 1 : WARP_TOKENS);
   if (type == FD_FLOAT32 && p.state_v_first != 0 && p.T == 1 && !packed && aligned(call.q, 4) && aligned(call.k, 4)) {
     return row_variant();

@@ -7,14 +7,7 @@
 //   state slice -> registers ---------------+-> S^T k_t, S^T q_t of all tokens ---+-> S = D S + sum k_t d_t^T -> memory
 //   k, q, v, gates -> shared -> k.k, q.k ---'   (from the state before them) --> d_t, o_t, one value column per thread
 //
-// Tokens are taken up to 8 at a time, and only the short recurrence between them is serial. With D_ts the decay after token
-// s up to and including token t, D_t the decay up to and including t, and S the state before the tokens:
-//
-//   d_t = beta_t (v_t - D_t S^T k_t - sum_{s < t}  D_ts (k_s . k_t) d_s)
-//   o_t = scale  (      D_t S^T q_t + sum_{s <= t} D_ts (k_s . q_t) d_s)
-//
-// Deterministic: every sum has a fixed order, which does not depend on the batch.
-
+// Tokens are taken up to 8 at a time; step.cu has the formulas.
 #pragma once
 
 #include <type_traits>
